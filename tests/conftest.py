@@ -1,0 +1,27 @@
+"""A strict harness: eight virtual CPU devices, no silent rank promotion."""
+
+import os
+
+# Before jax is imported: the device count is read once, at the first use of a backend.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def auto_mesh():
+    """Eight devices on one automatic axis named 'data'."""
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+@pytest.fixture(scope="session")
+def explicit_mesh():
+    """Eight devices on one explicit axis named 'data'."""
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
