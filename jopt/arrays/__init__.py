@@ -1,0 +1,6 @@
+"""One array in, arrays out; only jax.numpy, no technique.
+
+In reading order: `selection` (the exact k largest without sorting), `patterns`
+(which elements go together), `packing` (bits to bytes), `formats` (what a code can
+mean), `rounding`, `quantized` (scale, codes and the array that carries them).
+"""
