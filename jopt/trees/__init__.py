@@ -1,0 +1,7 @@
+"""Many leaves: what they are called, what they weigh, how they outlive the process.
+
+In reading order: `paths` (one name per leaf, the same for every framework), `rules`
+(pattern to value, by path), `report` (the table of all leaves), `structure` (a tree as
+JSON and a list of arrays), `manifest` (the checksum of every leaf), `checkpoint` (save,
+restore and the steps in between).
+"""
