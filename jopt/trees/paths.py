@@ -51,10 +51,10 @@ def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
     """
     found = []
     outer, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_whole_leaf(node) or _is_box(node)
+        tree, is_leaf=lambda node: is_whole_leaf(node) or is_box(node)
     )
     for keys, node in outer:
-        if not _is_box(node):
+        if not is_box(node):
             found.append((_join(keys), node))
             continue
         inner, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_whole_leaf)
@@ -128,15 +128,17 @@ def is_whole_leaf(node: Any) -> bool:
     return False
 
 
-def _is_box(node: Any) -> bool:
+def is_box(node: Any) -> bool:
+    """Tell whether a node merely boxes a value and so adds no key to its path."""
     return isinstance(node, nnx.Variable | meta.AxisMetadata)
 
 
 def _join(keys: tuple[Any, ...]) -> str:
-    return "/".join(_name(key) for key in keys)
+    return "/".join(key_name(key) for key in keys)
 
 
-def _name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """Name one key of a key path as it reads in a path."""
     match key:
         case (
             jax.tree_util.DictKey(key=name) | jax.tree_util.FlattenedIndexKey(key=name)
