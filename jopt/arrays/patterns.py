@@ -1,0 +1,292 @@
+"""Which elements are kept or pruned together: single weights, n of m, blocks, channels.
+
+A pattern pools the scores of what it keeps together, the best are selected, and the
+mask is spread back:
+
+    mask = spread(top_k(pool(scores)))
+
+`Unstructured` pools nothing, `Block` and `Channel` take the mean (or the largest) score
+of each group, and `NM` ranks inside every group of m neighbours, as sparse tensor cores
+ask for: Mishra et al., "Accelerating sparse deep neural networks" (2021),
+https://arxiv.org/abs/2104.08378. A pattern treats its array as one layer; a caller maps
+over stacked layers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jopt.arrays import counts, selection
+
+_WRITTEN_OUT = 8  # the largest m whose m^2 comparisons are written out
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Every element is kept or pruned by itself."""
+
+
+@dataclass(frozen=True)
+class NM:
+    """Exactly n of every m neighbours along an axis are kept.
+
+    The default axis is the one before the last: the input of a kernel `[in, out]`.
+    """
+
+    n: int
+    m: int
+    axis: int = -2
+
+    def __post_init__(self) -> None:
+        """Refuses what is no pattern."""
+        if not 1 <= self.n <= self.m:
+            raise ValueError(
+                f"NM needs 1 <= n <= m, got n={self.n} and m={self.m}: NM(2, 4) keeps "
+                "two of every four"
+            )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks that tile the last axes are kept or pruned as one.
+
+    A block's score is the mean of its scores in float32, or the largest of them.
+    """
+
+    shape: tuple[int, ...]
+    reduce: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuses what is no pattern."""
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(
+                f"Block needs positive sizes, got shape={self.shape}: Block((4, 4)) "
+                "tiles the last two axes"
+            )
+        if self.reduce not in ("mean", "max"):
+            raise ValueError(
+                f"Block needs reduce='mean' or 'max', got {self.reduce!r}: it makes "
+                "one score of a block's scores"
+            )
+
+
+@dataclass(frozen=True)
+class Channel:
+    """All that shares an index along an axis is kept or pruned as one.
+
+    A channel's score is the mean of its scores in float32.
+    """
+
+    axis: int = -1
+
+
+Pattern = Unstructured | NM | Block | Channel
+
+
+def check_pattern(
+    pattern: Pattern, shape: tuple[int, ...], *, path: str = "scores"
+) -> None:
+    """Refuses a shape that a pattern does not fit.
+
+    Args:
+      pattern: The pattern.
+      shape: The shape of one layer of the leaf.
+      path: The leaf's path, named by the error.
+
+    Raises:
+      ValueError: If the pattern's axes are missing, or m or the block does not divide
+        the shape.
+      TypeError: If `pattern` is none.
+
+    >>> check_pattern(NM(2, 4), (8, 3))
+    """
+    if isinstance(pattern, Unstructured):
+        return
+    if isinstance(pattern, NM):
+        _check_axis(pattern, pattern.axis, shape, path)
+        if shape[pattern.axis] % pattern.m:
+            raise ValueError(
+                f"{pattern} needs an axis that m={pattern.m} divides, got shape "
+                f"{shape} for {path!r}: choose another axis, pad it, or leave the leaf "
+                "out"
+            )
+    elif isinstance(pattern, Channel):
+        _check_axis(pattern, pattern.axis, shape, path)
+    elif isinstance(pattern, Block):
+        tiled = shape[max(len(shape) - len(pattern.shape), 0) :]
+        fits = len(tiled) == len(pattern.shape)
+        if not fits or any(np.array(tiled) % np.array(pattern.shape)):
+            raise ValueError(
+                f"{pattern} needs last axes that it divides, got shape {shape} for "
+                f"{path!r}: choose another block, pad the array, or leave the leaf out"
+            )
+    else:
+        raise TypeError(
+            f"pattern must be Unstructured(), NM(n, m), Block(shape) or Channel(axis), "
+            f"got {pattern!r} for {path!r}"
+        )
+
+
+def _check_axis(pattern: Pattern, axis: int, shape: tuple[int, ...], path: str) -> None:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"{pattern} needs an axis {axis}, got shape {shape} for {path!r}: name an "
+            "axis that it has, or leave the leaf out"
+        )
+
+
+def make_mask(
+    scores: ArrayLike,
+    *,
+    sparsity: ArrayLike | None = None,
+    pattern: Pattern = Unstructured(),
+) -> jax.Array:
+    """Masks the highest scores in a pattern.
+
+    Of N elements (blocks, channels) exactly `N - round(sparsity * N)` are kept, for a
+    Python and for a traced sparsity alike; `NM(n, m)` keeps n of every m and takes no
+    sparsity. Ties go to the lower index in C order, NaN ranks below every number.
+
+    Args:
+      scores: Higher = keep; `[...]`, one layer.
+      sparsity: The fraction in [0, 1] to prune, read to six decimals; an array is
+        clipped.
+      pattern: What is kept or pruned together.
+
+    Returns:
+      A boolean mask of the shape of the scores, True = keep.
+
+    Raises:
+      ValueError: If the pattern does not fit the shape, or the sparsity is missing, out
+        of range, or given beside `NM`.
+      TypeError: If the scores or the pattern are of a wrong type.
+
+    >>> make_mask(jnp.array([4.0, 1.0, 3.0, 2.0]), sparsity=0.25)
+    Array([ True, False,  True,  True], dtype=bool)
+    >>> make_mask(jnp.array([4.0, 1.0, 3.0, 2.0]), pattern=NM(2, 4, axis=-1))
+    Array([ True, False,  True, False], dtype=bool)
+    """
+    scores = jnp.asarray(scores)
+    check_pattern(pattern, scores.shape)
+    if isinstance(pattern, NM):
+        if sparsity is not None:
+            raise ValueError(
+                f"sparsity must be None with {pattern}, got {sparsity}: the pattern "
+                f"fixes it at {1 - pattern.n / pattern.m:g}"
+            )
+        return _n_of_m(scores, pattern)
+    if sparsity is None:
+        raise ValueError(
+            f"sparsity must be given with {pattern}, got None: pass the fraction of "
+            "elements to prune"
+        )
+    pooled = pool(scores, pattern)
+    pruned = counts.as_count(selection.num_pruned(pooled.size, sparsity))
+    k = counts.subtract(counts.as_count(pooled.size), pruned)
+    return spread(selection.top_k_mask(pooled, k), pattern, scores.shape)
+
+
+def pool(scores: jax.Array, pattern: Pattern) -> jax.Array:
+    """Makes one score of those that a pattern keeps or prunes together.
+
+    Args:
+      scores: `[...]`, one layer.
+      pattern: Any but `NM`, whose groups are ranked inside.
+
+    Returns:
+      The scores themselves for `Unstructured`; float32 `[..., blocks...]` for `Block`;
+      float32 `[channels]` for `Channel`.
+
+    >>> pool(jnp.array([[1.0, 3.0], [5.0, 7.0]]), Channel(-1))
+    Array([3., 5.], dtype=float32)
+    """
+    if isinstance(pattern, Channel):
+        kept = pattern.axis % scores.ndim
+        others = tuple(axis for axis in range(scores.ndim) if axis != kept)
+        return jnp.mean(scores.astype(jnp.float32), axis=others)
+    if isinstance(pattern, Block):
+        reduce = jnp.mean if pattern.reduce == "mean" else jnp.max
+        tiles, inside = _tiles(scores.shape, pattern)
+        return reduce(scores.astype(jnp.float32).reshape(tiles), axis=inside)
+    return scores
+
+
+def spread(mask: jax.Array, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
+    """Gives every element the decision taken for its block or channel.
+
+    Args:
+      mask: What `top_k_mask` makes of the pooled scores.
+      pattern: As in `pool`.
+      shape: The shape of the scores before pooling.
+
+    Returns:
+      The mask of that shape.
+
+    >>> spread(jnp.array([True, False]), Channel(-1), (1, 2))
+    Array([[ True, False]], dtype=bool)
+    """
+    if isinstance(pattern, Channel):
+        kept = pattern.axis % len(shape)
+        return jnp.broadcast_to(
+            jnp.expand_dims(mask, [axis for axis in range(len(shape)) if axis != kept]),
+            shape,
+        )
+    if isinstance(pattern, Block):
+        tiles, inside = _tiles(shape, pattern)
+        return jnp.broadcast_to(jnp.expand_dims(mask, inside), tiles).reshape(shape)
+    return mask
+
+
+def _tiles(shape: tuple[int, ...], pattern: Block) -> tuple[list[int], tuple[int, ...]]:
+    """Returns the shape with every tiled axis split, and the axes inside a block."""
+    whole = len(shape) - len(pattern.shape)
+    split = list(shape[:whole])
+    for size, block in zip(shape[whole:], pattern.shape, strict=True):
+        split += [size // block, block]
+    return split, tuple(range(whole + 1, len(split), 2))
+
+
+def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
+    """Keeps an element that fewer than n of its group precede.
+
+    All m^2 pairs are compared in one fused pass: nothing is sorted or stored. Written
+    out for small m, XLA vectorizes the pass along the last axis as well.
+    """
+    axis = pattern.axis % scores.ndim
+    lead, tail = scores.shape[:axis], scores.shape[axis + 1 :]
+    groups = (*lead, scores.shape[axis] // pattern.m)
+    keys = selection.ordered_keys(scores).reshape(*groups, pattern.m, *tail)
+    if pattern.m <= _WRITTEN_OUT:
+        ranks = _ranks_written_out(keys, len(groups))
+    else:
+        ranks = _ranks(keys, len(groups))
+    return (ranks < pattern.n).reshape(scores.shape)
+
+
+def _ranks_written_out(keys: jax.Array, axis: int) -> jax.Array:
+    """Counts those before each element of its group, one comparison at a time."""
+    columns = [
+        lax.index_in_dim(keys, i, axis, keepdims=False) for i in range(keys.shape[axis])
+    ]
+    ranks = []
+    for i, mine in enumerate(columns):
+        earlier = [other >= mine for other in columns[:i]]
+        later = [other > mine for other in columns[i + 1 :]]
+        before = [precedes.astype(jnp.uint8) for precedes in earlier + later]
+        ranks.append(sum(before, jnp.zeros_like(mine, jnp.uint8)))
+    return jnp.stack(ranks, axis)
+
+
+def _ranks(keys: jax.Array, axis: int) -> jax.Array:
+    """Counts those before each element of its group, by broadcasting."""
+    place = np.arange(keys.shape[axis])
+    pairs = (1,) * axis + 2 * place.shape + (1,) * (keys.ndim - axis - 1)
+    earlier = (place[:, None] > place).reshape(pairs)
+    mine, other = jnp.expand_dims(keys, axis + 1), jnp.expand_dims(keys, axis)
+    precedes = (other > mine) | ((other == mine) & earlier)
+    return jnp.sum(precedes, axis=axis + 1, dtype=jnp.int32)

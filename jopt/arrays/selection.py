@@ -1,0 +1,271 @@
+"""The exact k largest of an array, without sorting it.
+
+A mask that keeps k elements needs one number, the k-th largest score
+
+    t = max { v : count(scores >= v) >= k },     mask = scores >= t,
+
+and a count is one read of the array (`scans`). The search brackets t: quantiles of a
+small sorted sample are the first four probes, one read counts what is at least each of
+them, and the next four stand where interpolation between the ends of the tightened
+bracket puts the k-th element, give or take its uncertainty. About four reads do for 10M
+elements. Of the elements equal to t those of the lowest index are kept.
+
+Sampling to select goes back to Floyd and Rivest, "Expected time bounds for selection"
+(CACM 1975).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jopt.arrays import counts, scans
+from jopt.arrays.counts import AxisName, Count, num_pruned
+from jopt.arrays.scans import ordered_keys
+
+__all__ = ["Count", "num_pruned", "ordered_keys", "top_k_mask", "top_k_masks"]
+
+_SAMPLE = 1024
+_SPREAD = np.array([-3.0, -0.7, 0.7, 3.0], np.float32)  # of the probes, in deviations
+_EVEN = np.array([0.2, 0.4, 0.6, 0.8], np.float32)
+
+
+class _Bracket(NamedTuple):
+    """The k-th largest key is in [low, high], where the next probes are."""
+
+    low: jax.Array
+    high: jax.Array
+    at_least: Count  # elements >= low, at least k
+    above: Count  # elements > high, fewer than k
+    probes: jax.Array  # uint32 [4] in (low, high], ascending
+
+
+def top_k_mask(
+    scores: ArrayLike, k: ArrayLike | Count, *, axis_name: AxisName | None = None
+) -> jax.Array:
+    """Masks exactly the k largest scores, ties to the lower index.
+
+    Args:
+      scores: An array of any shape; NaN ranks below every number.
+      k: How many to keep, an integer (may be traced) or a `Count`; clipped to the
+        number of scores.
+      axis_name: Inside `shard_map` or `pmap`, the mapped axis or axes that the array
+        is split over: k counts over all of it, and ties go to the lower
+        (axis index, local index).
+
+    Returns:
+      A boolean mask of the shape of the scores, True = keep.
+
+    Raises:
+      TypeError: If the scores or k are of a type that is not ordered.
+
+    >>> top_k_mask(jnp.array([1.0, 3.0, 2.0, 2.0]), 2)
+    Array([False,  True,  True, False], dtype=bool)
+    """
+    return top_k_masks([scores], k, axis_name=axis_name)[0]
+
+
+def top_k_masks(
+    scores: Sequence[ArrayLike],
+    k: ArrayLike | Count,
+    *,
+    axis_name: AxisName | None = None,
+) -> list[jax.Array]:
+    """Masks the k largest scores of several arrays ranked together.
+
+    One threshold serves all arrays; their counts are added, nothing is concatenated.
+
+    Args:
+      scores: Arrays of any shapes, all of one type or all floating point.
+      k: As in `top_k_mask`, over all arrays.
+      axis_name: As in `top_k_mask`.
+
+    Returns:
+      One mask per array; ties go to the earlier array, then to the lower index.
+
+    Raises:
+      TypeError: If the scores or k are of a type that is not ordered.
+
+    >>> top_k_masks([jnp.array([1.0, 3.0]), jnp.array([2.0])], 2)
+    [Array([False,  True], dtype=bool), Array([ True], dtype=bool)]
+    """
+    arrays = [jnp.asarray(array) for array in scores]
+    filled = _as_common_type([a.reshape(a.shape or (1,)) for a in arrays if a.size])
+    masks = iter(_masks(filled, counts.as_count(k), axis_name) if filled else [])
+    return [
+        next(masks).reshape(a.shape) if a.size else jnp.zeros_like(a, jnp.bool_)
+        for a in arrays
+    ]
+
+
+def _as_common_type(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Widens floating types to one that orders them all the same."""
+    types = {array.dtype for array in arrays}
+    if len(types) <= 1:
+        return arrays
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in types):
+        raise TypeError(
+            "scores ranked together must have one type, got "
+            f"{sorted(map(str, types))}: convert them to float32"
+        )
+    return [array.astype(jnp.result_type(*types)) for array in arrays]
+
+
+def _masks(
+    arrays: list[jax.Array], k: Count, axis_name: AxisName | None
+) -> list[jax.Array]:
+    """Finds the threshold of all arrays together, and deals out the ties."""
+    total = sum(array.size for array in arrays)
+    if axis_name is not None:
+        total *= lax.axis_size(axis_name)
+        k = counts.agree(k, axis_name)
+    k = counts.smaller(k, counts.as_count(total))
+    count = functools.partial(_count_all, arrays, axis_name)
+    bracket = _search(count, k, _start(arrays, k, total, axis_name))
+    split = counts.less(k, bracket.at_least)
+    need = counts.subtract(k, bracket.above)
+    masks = []
+    for i, array in enumerate(arrays):
+        mine = need
+        if axis_name is not None or i + 1 < len(arrays):
+            mine, need = _share(array, bracket.low, need, split, axis_name)
+        masks.append(scans.keep_ties(array, bracket.low, mine, split))
+    return masks
+
+
+def _count_all(
+    arrays: list[jax.Array], axis_name: AxisName | None, probes: jax.Array
+) -> Count:
+    """Counts what is at least each probe, over all arrays and mapped devices."""
+    found = [scans.count_at_least(array, probes) for array in arrays]
+    total = functools.reduce(counts.add, found)
+    return total if axis_name is None else counts.psum(total, axis_name)
+
+
+def _share(
+    array: jax.Array,
+    threshold: jax.Array,
+    need: Count,
+    split: jax.Array,
+    axis_name: AxisName | None,
+) -> tuple[Count, Count]:
+    """Returns the need when this device's ties come up, and what the array leaves."""
+    ties = lax.cond(
+        split,
+        lambda: scans.count_ties(array, threshold),
+        lambda: counts.as_count(scans.zero_like(array) + (threshold & 0)),
+    )
+    if axis_name is None:
+        return need, counts.subtract(need, ties)
+    everyone = Count(*(lax.all_gather(limb, axis_name).reshape(-1) for limb in ties))
+    before = np.arange(lax.axis_size(axis_name)) < lax.axis_index(axis_name)
+    earlier = counts.total(counts.where(before, everyone, counts.as_count(0)))
+    rest = counts.subtract(need, counts.psum(ties, axis_name))
+    return counts.subtract(need, earlier), rest
+
+
+def _start(
+    arrays: list[jax.Array], k: Count, total: int, axis_name: AxisName | None
+) -> _Bracket:
+    """Brackets every key, and probes first where a sample has its quantiles."""
+    zero = jnp.uint32(0)
+    if axis_name is None:  # inside shard_map, a type that varies as the arrays do
+        zero += sum((scans.zero_like(array) for array in arrays), k.low & 0)
+    high = zero + np.uint32(scans.largest_key(arrays[0].dtype))
+    nothing_to_keep = counts.equal(k, counts.as_count(0))
+    low = jnp.where(nothing_to_keep, high, zero)
+    at_least, above = counts.as_count(total), counts.as_count(zero)
+    at_least = counts.add(at_least, above)
+    probes = _first_probes(arrays, k, total, axis_name)
+    probes = _ascend(probes + zero, low, high)
+    return _Bracket(low, high, at_least, above, probes)
+
+
+def _first_probes(
+    arrays: list[jax.Array], k: Count, total: int, axis_name: AxisName | None
+) -> jax.Array:
+    """Picks the quantiles of a sample around the k-th largest."""
+    parts = 1 if axis_name is None else lax.axis_size(axis_name)
+    sizes = [max(1, _SAMPLE * array.size // total) for array in arrays]
+    keys = [
+        scans.sample(array, min(max(size, 64 // parts), array.size))
+        for array, size in zip(arrays, sizes, strict=True)
+        if not scans.is_sharded(array)
+    ]
+    if not keys:
+        return jnp.asarray(_EVEN * scans.largest_key(arrays[0].dtype), jnp.uint32)
+    sample = jnp.concatenate(keys)
+    if axis_name is not None:
+        sample = lax.all_gather(sample, axis_name).reshape(-1)
+    fraction = 1 - counts.to_float(k) / total
+    deviation = jnp.sqrt(sample.size * fraction * (1 - fraction)) + 0.5
+    positions = sample.size * fraction - 0.5 + deviation * _SPREAD
+    positions = jnp.clip(jnp.round(positions), 0, sample.size - 1)
+    probes = jnp.sort(sample)[positions.astype(jnp.int32)]
+    if axis_name is None:
+        return probes
+    return lax.pmax(probes, axis_name)  # type: ignore[no-untyped-call]
+
+
+def _search(
+    count: Callable[[jax.Array], Count], k: Count, bracket: _Bracket
+) -> _Bracket:
+    """Tightens the bracket until it holds one key, or no ties are to be split."""
+
+    def unfinished(bracket: _Bracket) -> jax.Array:
+        return (bracket.low < bracket.high) & ~counts.equal(bracket.at_least, k)
+
+    def tighten(bracket: _Bracket) -> _Bracket:
+        found = count(bracket.probes)
+        i = jnp.sum(~counts.less(found, k), dtype=jnp.int32)  # these come first
+        tighter = _Bracket(
+            low=_prepend(bracket.low, bracket.probes)[i],
+            high=_append(bracket.probes - 1, bracket.high)[i],
+            at_least=Count(*map(_prepend, bracket.at_least, found)).at(i),
+            above=Count(*map(_append, found, bracket.above)).at(i),
+            probes=bracket.probes,
+        )
+        return tighter._replace(probes=_next_probes(bracket, tighter, k, i == 0))
+
+    return lax.while_loop(unfinished, tighten, bracket)
+
+
+def _prepend(first: jax.Array, rest: jax.Array) -> jax.Array:
+    return jnp.concatenate([first[None], rest])
+
+
+def _append(rest: jax.Array, last: jax.Array) -> jax.Array:
+    return jnp.concatenate([rest, last[None]])
+
+
+def _next_probes(
+    before: _Bracket, bracket: _Bracket, k: Count, too_high: jax.Array
+) -> jax.Array:
+    """Places probes where the k-th largest is likely, or evenly where that fails."""
+    inside = counts.to_float(counts.subtract(bracket.at_least, bracket.above))
+    was_inside = counts.to_float(counts.subtract(before.at_least, before.above))
+    rank = counts.to_float(counts.subtract(bracket.at_least, k))
+    bend = inside * inside / jnp.maximum(was_inside, 1)  # the density is not even
+    deviation = jnp.sqrt(rank * (1 - rank / jnp.maximum(inside, 1)) + 1) + bend / 64
+    fractions = (rank + 0.5 + deviation * _SPREAD) / (inside + 1)
+    fractions = jnp.where(inside > was_inside / 2, _EVEN, fractions)
+    fractions = jnp.clip(fractions, 0, 1 - 2.0**-20)
+    width = (bracket.high - bracket.low).astype(jnp.float32)
+    probes = bracket.low + 1 + (fractions * width).astype(jnp.uint32)
+    # All probes too high: the key may be `low`, shared by many, and low + 1 decides.
+    probes = probes.at[0].set(jnp.where(too_high, bracket.low + 1, probes[0]))
+    return _ascend(probes, bracket.low, bracket.high)
+
+
+def _ascend(probes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Moves probes into (low, high] and apart, as far as there is room."""
+    ascending = [jnp.clip(probes[0], jnp.minimum(low, high - 1) + 1, high)]
+    for i in range(1, scans.PROBES):
+        next_one = jnp.minimum(ascending[-1], high - 1) + 1
+        ascending.append(jnp.clip(probes[i], next_one, high))
+    return jnp.stack(ascending)
