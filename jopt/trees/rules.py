@@ -218,15 +218,13 @@ def _compile(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
 
 
 def _way_out(pattern: re.Pattern[str], names: Sequence[str]) -> str:
-    within = [name for name in names if pattern.search(name)]
-    if within:
-        return (
-            f"a pattern must match the whole path, such as {within[0]!r}: "
-            f"try '.*{pattern.pattern}.*'"
-        )
+    within = [name for name in names if pattern.search(name)][:3]
     literal = re.sub(r"\\.|[.*+?^$()\[\]{}|]", "", pattern.pattern)
-    near = difflib.get_close_matches(literal, names, n=3, cutoff=0.3) or names[:3]
-    return "near names: " + ", ".join(map(repr, near))
+    near = within or difflib.get_close_matches(literal, names, n=3, cutoff=0.3)
+    listed = "near names: " + ", ".join(map(repr, near or names[:3]))
+    if not within:
+        return listed
+    return f"{listed}; a pattern matches whole paths, so try '.*{pattern.pattern}.*'"
 
 
 def _broadcast_bools(select: Any, tree: Any) -> list[bool]:
