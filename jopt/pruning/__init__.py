@@ -1,0 +1,14 @@
+"""Pruning: which weights are zero, and keeping them so.
+
+Reading order: `scores` (how much each weight is worth), `allocation` (how many each leaf
+keeps), `masks` (scores to masks for many leaves), `state` (what the wrapper remembers, and how
+to read it), `prune` (the optimizer wrapper).
+"""
+
+from jopt.pruning import allocation as allocation
+from jopt.pruning import scores as scores
+from jopt.pruning.prune import prune as prune
+from jopt.pruning.state import PruneState as PruneState
+from jopt.pruning.state import apply_masks as apply_masks
+from jopt.pruning.state import get_masks as get_masks
+from jopt.pruning.state import update_masks as update_masks

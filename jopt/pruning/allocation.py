@@ -1,0 +1,102 @@
+"""Allocations: how many units each layer of each leaf keeps.
+
+An allocation is a function `(units, sparsity) -> kept`. A unit is what lives and dies
+together: a weight, a block or a channel. `units` is a list of `Units`, layers of one
+shape each; `kept` has one `Count` of shape [layers] for each of them, and the sum over all
+is the count asked for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jopt.arrays import counts, thresholds
+from jopt.arrays.counts import Count
+
+
+class Units(NamedTuple):
+    """The scores of some layers of one shape, and where these layers stand."""
+
+    scores: jax.Array  # [layers, ...], higher = keep
+    positions: tuple[int, ...]  # of each layer, in the order of leaves and layers
+
+
+Allocation = Callable[[Sequence[Units], Any], list[Count]]
+
+
+def uniform(units: Sequence[Units], sparsity: Any) -> list[Count]:
+    """Prune the same fraction of every layer: n - round(sparsity * n) of n units stay.
+
+    >>> import jax.numpy as jnp
+    >>> (kept,) = uniform([Units(jnp.ones((2, 10)), (0, 1))], 0.9)
+    >>> kept.low
+    Array([1, 1], dtype=uint32)
+    """
+    return [
+        _each_layer(_num_kept(scores[0].size, sparsity), len(positions))
+        for scores, positions in units
+    ]
+
+
+def _each_layer(count: Count, num_layers: int) -> Count:
+    return Count(*(jnp.broadcast_to(limb, (num_layers,)) for limb in count))
+
+
+def _num_kept(size: int, sparsity: Any) -> Count:
+    pruned = counts.as_count(counts.num_pruned(size, sparsity))
+    return counts.subtract(counts.as_count(size), pruned)
+
+
+def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
+    """Let all layers of all leaves compete: one threshold over everything.
+
+    Scores should be comparable across leaves. Ties go to the earlier leaf, then to the
+    lower index. What a search exchanges between devices is counts, some dozens of bytes
+    per read, whatever the size of the model.
+
+    >>> import jax.numpy as jnp
+    >>> a = Units(jnp.array([[1.0, 2.0]]), (0,))
+    >>> b = Units(jnp.array([[3.0, 4.0]]), (1,))
+    >>> [int(kept.low[0]) for kept in global_ranking([a, b], 0.5)]
+    [0, 2]
+    """
+    dtype = jnp.result_type(*(scores.dtype for scores, _ in units))
+    lots: dict[Any, list[int]] = {}
+    for i, (scores, _) in enumerate(units):
+        lots.setdefault(scores.shape[1:], []).append(i)
+    stacked = [
+        jnp.concatenate([units[i].scores.astype(dtype) for i in lot])
+        for lot in lots.values()
+    ]
+    size = sum(scores.size for scores in stacked)
+    threshold = thresholds.find_threshold(stacked, _num_kept(size, sparsity))
+    around = [
+        jax.lax.map(lambda layer: thresholds.count_around(layer, threshold), layers)
+        for layers in stacked
+    ]
+    above, ties = jax.tree.map(lambda *c: jnp.concatenate(c), *around)
+    # Ties are dealt out in the order in which the layers stand.
+    order = np.argsort([p for lot in lots.values() for i in lot for p in units[i][1]])
+    dealt = _deal(threshold.need, Count(*(limb[order] for limb in ties)))
+    back = np.argsort(order)
+    kept = counts.add(above, Count(*(limb[back] for limb in dealt)))
+    shares: list[Any] = [None] * len(units)
+    start = 0
+    for i in (i for lot in lots.values() for i in lot):
+        stop = start + len(units[i].positions)
+        shares[i] = Count(kept.high[start:stop], kept.low[start:stop])
+        start = stop
+    return shares
+
+
+def _deal(need: Count, ties: Count) -> Count:
+    """Give each layer in turn as many of the ties as it has, while there is need."""
+
+    def deal(need: Count, layer: Count) -> tuple[Count, Count]:
+        mine = counts.smaller(need, layer)
+        return counts.subtract(need, mine), mine
+
+    return jax.lax.scan(deal, need, ties)[1]

@@ -1,0 +1,215 @@
+"""Scores to masks for many leaves at once, without code for every leaf.
+
+Per layer: scores -> one score per unit of the pattern (a weight, a block, a channel) ->
+how many units stay (allocation) -> the exact top k -> the packed mask. The search for the
+k-th largest is what is large to compile, so the layers of leaves of one shape are stacked
+and searched by one loop: code grows with the number of shapes, not of leaves. Stacking
+takes a copy of the scores; lots are cut at `_LOT_SIZE` scores to bound it.
+
+`in_one_program` does all leaves inside the caller's program; `leaf_by_leaf` runs outside
+of jit, stacks nothing and compiles one small program per shape.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jopt.arrays import counts, packing, patterns, selection, thresholds
+from jopt.arrays.counts import Count
+from jopt.pruning.allocation import Allocation, Units
+from jopt.pruning.scores import Score
+
+_LOT_SIZE = 1 << 25
+
+
+class Recipe(NamedTuple):
+    """What is chosen once."""
+
+    sparsity: float | jax.Array | optax.Schedule | None
+    score: Score
+    pattern: patterns.Pattern
+    allocation: Allocation
+
+    def sparsity_at(self, count: jax.Array) -> Any:
+        """Evaluate a schedule; a number stays as it is."""
+        return self.sparsity(count) if callable(self.sparsity) else self.sparsity
+
+
+class Leaf(NamedTuple):
+    """What the mask of one leaf is computed from."""
+
+    param: jax.Array
+    grad: jax.Array | None
+    score_state: Any
+    key: jax.Array
+    stacked_axis: int | None
+
+
+def full_mask(param: jax.Array) -> jax.Array:
+    """Return the packed mask that keeps all of `param`."""
+    return packing.pack_mask(jnp.ones(param.shape, jnp.bool_))
+
+
+def layer_shape(param: jax.Array, stacked_axis: int | None) -> tuple[int, ...]:
+    """Return the shape of one layer of a leaf."""
+    if stacked_axis is None:
+        return param.shape
+    return param.shape[:stacked_axis] + param.shape[stacked_axis + 1 :]
+
+
+def in_one_program(
+    leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """Compute all packed masks, and how many scores were not finite."""
+    scored = [layer_scores(*leaf, recipe.score) for leaf in leaves]
+    lots = _lots(scored)
+    stacked = [_stack([scored[i] for i in lot]) for lot in lots]
+    masks, num_nonfinite = _masks(
+        stacked, lots, [s.shape[0] for s in scored], recipe, count, lambda f: f
+    )
+    packed: list[Any] = [None] * len(leaves)
+    for lot, mask in zip(lots, masks, strict=True):
+        start = 0
+        for i in lot:
+            stop = start + scored[i].shape[0]
+            packed[i] = pack_layers(mask[start:stop], leaves[i].stacked_axis)
+            start = stop
+    return packed, num_nonfinite
+
+
+def leaf_by_leaf(
+    leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """Compute what `in_one_program` does, with one compiled program per shape."""
+    scored = [_jit_layer_scores(*leaf, recipe.score) for leaf in leaves]
+    lots = [[i] for i in range(len(leaves))]
+    masks, num_nonfinite = _masks(
+        scored, lots, [s.shape[0] for s in scored], recipe, count, _COMPILED.__getitem__
+    )
+    packed = [
+        _jit_pack_layers(mask, leaf.stacked_axis)
+        for mask, leaf in zip(masks, leaves, strict=True)
+    ]
+    return packed, num_nonfinite
+
+
+def layer_scores(
+    param: jax.Array,
+    grad: jax.Array | None,
+    score_state: Any,
+    key: jax.Array,
+    stacked_axis: int | None,
+    score: Score,
+) -> jax.Array:
+    """Score a leaf: shape [layers, ...], NaN where not finite.
+
+    A NaN ranks below every number, so what cannot be made zero is given up first and does
+    not take the place of a weight that can be kept.
+    """
+    scores = score.scores(param, grad, score_state, key)
+    if scores.shape != param.shape:
+        raise ValueError(
+            f"scores must return one score per weight, shape {param.shape}, got "
+            f"{scores.shape}; a pattern reduces over blocks or channels"
+        )
+    scores = jnp.where(jnp.isfinite(scores), scores, jnp.nan)
+    return scores[None] if stacked_axis is None else jnp.moveaxis(scores, stacked_axis, 0)
+
+
+def pack_layers(mask: jax.Array, stacked_axis: int | None) -> jax.Array:
+    """Put the layers of a leaf back where they stand, and pack."""
+    if stacked_axis is None:
+        return packing.pack_mask(mask[0])
+    return packing.pack_mask(jnp.moveaxis(mask, 0, stacked_axis))
+
+
+def _masks(
+    stacked: Sequence[jax.Array],
+    lots: Sequence[Sequence[int]],
+    num_layers: Sequence[int],
+    recipe: Recipe,
+    count: jax.Array,
+    wrap: Callable[[Any], Any],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Turn stacked scores [layers, ...] into masks of the same shapes."""
+    pattern = recipe.pattern
+    bad = [wrap(_count_nan)(scores) for scores in stacked]
+    num_nonfinite = sum(bad, jnp.zeros([], jnp.int32))
+    if isinstance(pattern, patterns.NM):
+        return [wrap(_nm_masks)(scores, pattern) for scores in stacked], num_nonfinite
+    pooled = [wrap(_pool)(scores, pattern) for scores in stacked]
+    first = [sum(num_layers[:i]) for i in range(len(num_layers))]
+    units = [
+        Units(scores, tuple(first[i] + j for i in lot for j in range(num_layers[i])))
+        for scores, lot in zip(pooled, lots, strict=True)
+    ]
+    kept = recipe.allocation(units, recipe.sparsity_at(count))
+    masks = [wrap(_top_k)(u.scores, k) for u, k in zip(units, kept, strict=True)]
+    return [
+        wrap(_spread)(mask, pattern, scores.shape[1:])
+        for mask, scores in zip(masks, stacked, strict=True)
+    ], num_nonfinite
+
+
+def _count_nan(scores: jax.Array) -> jax.Array:
+    numbers = counts.clip_to_int(thresholds.count_numbers(scores), scores.size)
+    return (scores.size - numbers).astype(jnp.int32)
+
+
+def _pool(scores: jax.Array, pattern: patterns.Pattern) -> jax.Array:
+    return jax.vmap(lambda x: patterns.pool(x, pattern))(scores)
+
+
+def _spread(
+    mask: jax.Array, pattern: patterns.Pattern, shape: tuple[int, ...]
+) -> jax.Array:
+    return jax.vmap(lambda m: patterns.spread(m, pattern, shape))(mask)
+
+
+def _nm_masks(scores: jax.Array, pattern: patterns.NM) -> jax.Array:
+    return jax.vmap(lambda x: patterns.make_mask(x, pattern=pattern))(scores)
+
+
+def _top_k(units: jax.Array, kept: Count) -> jax.Array:
+    """Mask the top `kept` units of each layer, one layer after another.
+
+    A loop and not `vmap`: under `vmap` every search would run until the slowest is done.
+    """
+    if units.shape[0] == 1:
+        first = Count(*(limb[0] for limb in kept))
+        return selection.top_k_mask(units[0], first)[None]
+    return jax.lax.map(lambda x: selection.top_k_mask(*x), (units, kept))
+
+
+def _lots(scored: Sequence[jax.Array]) -> list[list[int]]:
+    """Put leaves with layers of one shape and dtype together, up to the lot size."""
+    lots: dict[Any, list[list[int]]] = {}
+    for i, scores in enumerate(scored):
+        same = lots.setdefault((scores.shape[1:], scores.dtype), [[]])
+        if same[-1] and sum(scored[j].size for j in same[-1]) + scores.size > _LOT_SIZE:
+            same.append([])
+        same[-1].append(i)
+    return [lot for same in lots.values() for lot in same]
+
+
+def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+_jit_layer_scores = jax.jit(layer_scores, static_argnames=("stacked_axis", "score"))
+_jit_pack_layers = jax.jit(pack_layers, static_argnames="stacked_axis")
+
+
+_COMPILED = {
+    fn: jax.jit(fn, static_argnames=static)
+    for fn, static in (
+        (_count_nan, ()),
+        (_pool, ("pattern",)),
+        (_spread, ("pattern", "shape")),
+        (_nm_masks, ("pattern",)),
+        (_top_k, ()),
+    )
+}
