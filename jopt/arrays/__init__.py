@@ -1,7 +1,7 @@
 """One array in, arrays out; only jax.numpy, no technique.
 
 In reading order: `counts` (numbers of elements, whatever the size), `scans` (reads of
-one array), `selection` (the exact k largest without sorting), `patterns` (which elements
-go together), `packing` (bits to bytes), `formats` (what a code can
-mean), `rounding`, `quantized` (scale, codes and the array that carries them).
+one array), `selection` (the exact k largest without sorting), `patterns` (which
+elements go together), `packing` (bits to bytes), `formats` (what a code can mean),
+`rounding`, `quantized` (scale, codes and the array that carries them).
 """

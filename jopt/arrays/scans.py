@@ -55,33 +55,52 @@ def ordered_keys(scores: ArrayLike) -> jax.Array:
     Array([    0, 16512, 32768, 32768], dtype=uint16)
     """
     scores = jnp.asarray(scores)
-    if scores.dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return _float_keys(scores)
-    if scores.dtype == jnp.uint32:
+    return _keys_of(_bits_of(scores), scores.dtype)
+
+
+def _bits_of(scores: jax.Array) -> jax.Array:
+    """Views floats as unsigned integers, and returns integers as they are."""
+    dtype = scores.dtype
+    if dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return lax.bitcast_convert_type(scores, np.dtype(f"uint{8 * dtype.itemsize}"))
+    if dtype == jnp.bool_ or (
+        jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize <= 4
+    ):
         return scores
-    if not _is_small_integer(scores.dtype):
-        raise TypeError(
-            "scores must be float32, bfloat16, float16, boolean or integers of up to "
-            f"32 bits, got {scores.dtype}{list(scores.shape)}: convert them first"
-        )
-    bits = lax.bitcast_convert_type(scores.astype(jnp.int32), jnp.uint32)
-    return bits ^ np.uint32(1 << 31)
+    raise TypeError(
+        "scores must be float32, bfloat16, float16, boolean or integers of up to 32 "
+        f"bits, got {dtype}{list(scores.shape)}: convert them first"
+    )
 
 
-def _is_small_integer(dtype: np.dtype) -> bool:
-    integer = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize <= 4
-    return integer or dtype == jnp.bool_
-
-
-def _float_keys(scores: jax.Array) -> jax.Array:
-    width = 8 * scores.dtype.itemsize
-    unsigned = np.dtype(f"uint{width}").type
-    sign = unsigned(1 << (width - 1))
-    infinity = np.array(np.inf, scores.dtype).view(unsigned)[()]
-    bits = lax.bitcast_convert_type(scores, unsigned)
+def _keys_of(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Orders the bits of scores of a type."""
+    if dtype == jnp.uint32:
+        return bits
+    if not jnp.issubdtype(dtype, jnp.floating):
+        bits = lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.uint32)
+        return bits ^ np.uint32(1 << 31)
+    unsigned = bits.dtype.type
+    sign = unsigned(1 << (8 * dtype.itemsize - 1))
+    infinity = np.array(np.inf, dtype).view(unsigned)[()]
     magnitude = bits & unsigned(sign - 1)
     keys = jnp.where(bits < sign, sign + magnitude, sign - magnitude)
     return jnp.where(magnitude > infinity, unsigned(0), keys)
+
+
+def _keys_in_slice(flat: jax.Array, begin: jax.Array, size: int) -> jax.Array:
+    """Returns the keys of a slice, inside a loop over slices.
+
+    XLA for CPU may widen all of an array of 16-bit floats to slice it, but not its
+    bits; the barrier binds these to the loop, or all would be copied before it.
+    """
+    if flat.dtype.itemsize == 2:
+        flat, begin = lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            (flat, begin)
+        )
+        bits = lax.dynamic_slice(_bits_of(flat), (begin,), (size,))
+        return _keys_of(bits, flat.dtype)
+    return ordered_keys(lax.dynamic_slice(flat, (begin,), (size,)))
 
 
 def largest_key(dtype: np.dtype) -> int:
@@ -108,16 +127,16 @@ def zero_like(array: jax.Array) -> jax.Array:
 
 
 def sample(array: jax.Array, size: int) -> jax.Array:
-    """Returns the keys of `size` elements as uint32, one out of each equal stretch.
+    """Returns the keys of about `size` elements, at equal distances, as uint32.
 
-    The place inside the stretch moves on by the golden ratio, so that no column of a
-    matrix is preferred.
+    The distance has no divisor in common with the last axis, so that every column of a
+    matrix has its turn.
     """
-    stretch = array.size // size
-    places = np.arange(size) * 0.618034 % 1 * stretch
-    index = np.arange(size) * stretch + places.astype(np.int64)
-    picked = array.reshape(-1)[np.minimum(index, array.size - 1).astype(np.int32)]
-    return ordered_keys(picked).astype(jnp.uint32)
+    stride = max(array.size // size, 1)
+    while math.gcd(stride, array.shape[-1]) > 1:
+        stride -= 1
+    bits = _bits_of(array).reshape(-1)[: size * stride : stride]
+    return _keys_of(bits, array.dtype).astype(jnp.uint32)
 
 
 def count_at_least(array: jax.Array, probes: jax.Array) -> Count:
@@ -150,8 +169,8 @@ def _count_in_chunks(array: jax.Array, probes: jax.Array) -> Count:
 
     def step(i: jax.Array, packed: jax.Array) -> jax.Array:
         for row in range(_ROWS):
-            part = lax.dynamic_slice(flat, ((i * _ROWS + row) * lanes,), (lanes,))
-            packed = packed + _pack(ordered_keys(part), probes)
+            keys = _keys_in_slice(flat, (i * _ROWS + row) * lanes, lanes)
+            packed = packed + _pack(keys, probes)
         return packed
 
     def panel(i: jax.Array, totals: jax.Array) -> jax.Array:
@@ -162,7 +181,8 @@ def _count_in_chunks(array: jax.Array, probes: jax.Array) -> Count:
     totals = jnp.broadcast_to(zero, (PROBES,))
     if lanes:
         totals = lax.fori_loop(0, panels, panel, totals)
-    tail = ordered_keys(flat[panels * steps * _ROWS * lanes :])
+    tail = _bits_of(flat)[panels * steps * _ROWS * lanes :]
+    tail = _keys_of(tail, flat.dtype)
     tail_counts = [jnp.sum(_reaches(tail, probes[j])) for j in range(PROBES)]
     return counts.as_count(totals + jnp.stack(tail_counts))
 
@@ -295,7 +315,7 @@ def _last_in_chunks(
 
     def ties_between(start: jax.Array, last: jax.Array) -> jax.Array:
         begin = jnp.minimum(start, size - chunk)
-        keys = ordered_keys(lax.dynamic_slice(flat, (begin,), (chunk,)))
+        keys = _keys_in_slice(flat, begin, chunk)
         index = begin + np.arange(chunk, dtype=np.int32)
         ties = (keys == threshold.astype(keys.dtype)) & (index >= start)
         return jnp.sum(ties & (index <= last), dtype=jnp.uint32)

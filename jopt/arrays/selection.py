@@ -15,7 +15,7 @@ Sampling to select goes back to Floyd and Rivest, "Expected time bounds for sele
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,10 +28,19 @@ from jopt.arrays import counts, scans
 from jopt.arrays.counts import AxisName, Count, num_pruned
 from jopt.arrays.scans import ordered_keys
 
-__all__ = ["Count", "num_pruned", "ordered_keys", "top_k_mask", "top_k_masks"]
+__all__ = [
+    "Count",
+    "Threshold",
+    "find_threshold",
+    "num_pruned",
+    "ordered_keys",
+    "top_k_mask",
+    "top_k_masks",
+]
 
 _SAMPLE = 1024
-_SPREAD = np.array([-3.0, -0.7, 0.7, 3.0], np.float32)  # of the probes, in deviations
+_FIRST_SPREAD = np.array([-3.0, -0.7, 0.7, 3.0], np.float32)  # in deviations
+_SPREAD = np.array([-2.2, -0.6, 0.6, 2.2], np.float32)
 _EVEN = np.array([0.2, 0.4, 0.6, 0.8], np.float32)
 
 
@@ -42,6 +51,7 @@ class _Bracket(NamedTuple):
     high: jax.Array
     at_least: Count  # elements >= low, at least k
     above: Count  # elements > high, fewer than k
+    outside: jax.Array  # the smaller of k and total - k, float32
     probes: jax.Array  # uint32 [4] in (low, high], ascending
 
 
@@ -95,12 +105,66 @@ def top_k_masks(
     [Array([False,  True], dtype=bool), Array([ True], dtype=bool)]
     """
     arrays = [jnp.asarray(array) for array in scores]
-    filled = _as_common_type([a.reshape(a.shape or (1,)) for a in arrays if a.size])
-    masks = iter(_masks(filled, counts.as_count(k), axis_name) if filled else [])
+    filled = _filled(arrays)
+    masks: Iterator[jax.Array] = iter([])
+    if filled:
+        threshold = find_threshold(filled, k, axis_name=axis_name)
+        masks = _deal(filled, threshold, axis_name)
     return [
         next(masks).reshape(a.shape) if a.size else jnp.zeros_like(a, jnp.bool_)
         for a in arrays
     ]
+
+
+class Threshold(NamedTuple):
+    """Every key above `key` is kept, and of those equal to it the first `need`."""
+
+    key: jax.Array  # uint32, an ordered key
+    need: Count
+    split: jax.Array  # whether some of the equal ones are not kept
+
+
+def find_threshold(
+    scores: Sequence[ArrayLike],
+    k: ArrayLike | Count,
+    *,
+    axis_name: AxisName | None = None,
+) -> Threshold:
+    """Finds what divides the k largest scores of several arrays from the others.
+
+    Args:
+      scores: Arrays of any shapes, all of one type or all floating point, not all
+        empty.
+      k: As in `top_k_mask`, over all arrays.
+      axis_name: As in `top_k_mask`.
+
+    Returns:
+      The threshold.
+
+    Raises:
+      TypeError: If the scores or k are of a type that is not ordered.
+
+    >>> found = find_threshold([jnp.array([1.0, 2.0]), jnp.array([2.0])], 1)
+    >>> bool(found.split), int(found.need.low)
+    (True, 1)
+    """
+    arrays = _filled([jnp.asarray(array) for array in scores])
+    total = sum(array.size for array in arrays)
+    k = counts.as_count(k)
+    if axis_name is not None:
+        total *= lax.axis_size(axis_name)
+        k = counts.agree(k, axis_name)
+    k = counts.smaller(k, counts.as_count(total))
+    count = functools.partial(_count_all, arrays, axis_name)
+    bracket = _search(count, k, _start(arrays, k, total, axis_name))
+    split = counts.less(k, bracket.at_least)
+    need = counts.subtract(k, bracket.above)
+    return Threshold(bracket.low, counts.where(split, need, k), split)
+
+
+def _filled(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Drops empty arrays, and gives scalars an axis and all arrays a common type."""
+    return _as_common_type([a.reshape(a.shape or (1,)) for a in arrays if a.size])
 
 
 def _as_common_type(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -116,26 +180,16 @@ def _as_common_type(arrays: list[jax.Array]) -> list[jax.Array]:
     return [array.astype(jnp.result_type(*types)) for array in arrays]
 
 
-def _masks(
-    arrays: list[jax.Array], k: Count, axis_name: AxisName | None
-) -> list[jax.Array]:
-    """Finds the threshold of all arrays together, and deals out the ties."""
-    total = sum(array.size for array in arrays)
-    if axis_name is not None:
-        total *= lax.axis_size(axis_name)
-        k = counts.agree(k, axis_name)
-    k = counts.smaller(k, counts.as_count(total))
-    count = functools.partial(_count_all, arrays, axis_name)
-    bracket = _search(count, k, _start(arrays, k, total, axis_name))
-    split = counts.less(k, bracket.at_least)
-    need = counts.subtract(k, bracket.above)
-    masks = []
+def _deal(
+    arrays: list[jax.Array], threshold: Threshold, axis_name: AxisName | None
+) -> Iterator[jax.Array]:
+    """Masks one array after the other, each with the ties that those before it left."""
+    key, need, split = threshold
     for i, array in enumerate(arrays):
         mine = need
         if axis_name is not None or i + 1 < len(arrays):
-            mine, need = _share(array, bracket.low, need, split, axis_name)
-        masks.append(scans.keep_ties(array, bracket.low, mine, split))
-    return masks
+            mine, need = _share(array, key, need, split, axis_name)
+        yield scans.keep_ties(array, key, mine, split)
 
 
 def _count_all(
@@ -183,7 +237,9 @@ def _start(
     at_least = counts.add(at_least, above)
     probes = _first_probes(arrays, k, total, axis_name)
     probes = _ascend(probes + zero, low, high)
-    return _Bracket(low, high, at_least, above, probes)
+    rest = counts.subtract(at_least, k)
+    outside = jnp.maximum(counts.to_float(counts.smaller(k, rest)), 1)
+    return _Bracket(low, high, at_least, above, outside, probes)
 
 
 def _first_probes(
@@ -204,7 +260,7 @@ def _first_probes(
         sample = lax.all_gather(sample, axis_name).reshape(-1)
     fraction = 1 - counts.to_float(k) / total
     deviation = jnp.sqrt(sample.size * fraction * (1 - fraction)) + 0.5
-    positions = sample.size * fraction - 0.5 + deviation * _SPREAD
+    positions = sample.size * fraction - 0.5 + deviation * _FIRST_SPREAD
     positions = jnp.clip(jnp.round(positions), 0, sample.size - 1)
     probes = jnp.sort(sample)[positions.astype(jnp.int32)]
     if axis_name is None:
@@ -228,9 +284,11 @@ def _search(
             high=_append(bracket.probes - 1, bracket.high)[i],
             at_least=Count(*map(_prepend, bracket.at_least, found)).at(i),
             above=Count(*map(_append, found, bracket.above)).at(i),
+            outside=bracket.outside,
             probes=bracket.probes,
         )
-        return tighter._replace(probes=_next_probes(bracket, tighter, k, i == 0))
+        probes = _next_probes(tighter, _inside(bracket), k, i == 0)
+        return tighter._replace(probes=probes)
 
     return lax.while_loop(unfinished, tighten, bracket)
 
@@ -244,22 +302,46 @@ def _append(rest: jax.Array, last: jax.Array) -> jax.Array:
 
 
 def _next_probes(
-    before: _Bracket, bracket: _Bracket, k: Count, too_high: jax.Array
+    bracket: _Bracket, was_inside: jax.Array, k: Count, too_high: jax.Array
 ) -> jax.Array:
-    """Places probes where the k-th largest is likely, or evenly where that fails."""
-    inside = counts.to_float(counts.subtract(bracket.at_least, bracket.above))
-    was_inside = counts.to_float(counts.subtract(before.at_least, before.above))
+    """Places probes where the k-th largest is likely, or by halves if that failed.
+
+    The rank of the k-th is uncertain as a binomial is, and for the density is not even:
+    by a part of the bracket as large as the bracket is beside what lies outside.
+    """
+    inside = _inside(bracket)
     rank = counts.to_float(counts.subtract(bracket.at_least, k))
-    bend = inside * inside / jnp.maximum(was_inside, 1)  # the density is not even
-    deviation = jnp.sqrt(rank * (1 - rank / jnp.maximum(inside, 1)) + 1) + bend / 64
-    fractions = (rank + 0.5 + deviation * _SPREAD) / (inside + 1)
-    fractions = jnp.where(inside > was_inside / 2, _EVEN, fractions)
-    fractions = jnp.clip(fractions, 0, 1 - 2.0**-20)
-    width = (bracket.high - bracket.low).astype(jnp.float32)
-    probes = bracket.low + 1 + (fractions * width).astype(jnp.uint32)
+    deviation = jnp.sqrt(rank * (1 - rank / jnp.maximum(inside, 1)) + 0.5)
+    deviation += inside * inside / (16 * bracket.outside)
+    likely = _between(bracket, (rank + 0.5 + deviation * _SPREAD) / (inside + 1))
+    probes = jnp.where(inside > was_inside / 2, _halves(bracket), likely)
     # All probes too high: the key may be `low`, shared by many, and low + 1 decides.
     probes = probes.at[0].set(jnp.where(too_high, bracket.low + 1, probes[0]))
     return _ascend(probes, bracket.low, bracket.high)
+
+
+def _inside(bracket: _Bracket) -> jax.Array:
+    return counts.to_float(counts.subtract(bracket.at_least, bracket.above))
+
+
+def _between(bracket: _Bracket, fractions: jax.Array) -> jax.Array:
+    """Returns the keys at fractions of the way from low to high."""
+    width = (bracket.high - bracket.low).astype(jnp.float32)
+    steps = jnp.clip(fractions, 0, 1 - 2.0**-20) * width
+    return bracket.low + 1 + steps.astype(jnp.uint32)
+
+
+def _halves(bracket: _Bracket) -> jax.Array:
+    """Probes where many scores may be equal: the roundest key and the one after it.
+
+    The roundest key in (low, high] ends in the most zeros. Scores that were rounded, or
+    widened from fewer bits, are round keys, so it is one of them or parts them.
+    """
+    differing = lax.clz(bracket.low ^ bracket.high)
+    ending = jnp.uint32(0x7FFFFFFF) >> jnp.minimum(differing, 31)
+    roundest = bracket.high & ~ending
+    first, last = _between(bracket, jnp.array([0.25, 0.75], jnp.float32))
+    return jnp.sort(jnp.stack([first, roundest, roundest + 1, last]))
 
 
 def _ascend(probes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
