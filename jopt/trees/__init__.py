@@ -2,6 +2,7 @@
 
 In reading order: `paths` (one name per leaf, the same for every framework), `rules`
 (pattern to value, by path), `report` (the table of all leaves), `structure` (a tree as
-JSON and a list of arrays), `manifest` (the checksum of every leaf), `checkpoint` (save,
-restore and the steps in between).
+JSON and a list of arrays), `manifest` (the checksums of leaves and files), `placement`
+(shardings as JSON, shards as blocks), `storage` (leaves as few arrays, and back),
+`checkpoint` (save, restore and the steps in between).
 """

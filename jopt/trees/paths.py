@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
+from jopt.arrays import quantized
+
 
 def leaf_paths(tree: Any) -> list[str]:
     """List the paths of the leaves, in the order of `jax.tree.leaves`.
@@ -125,7 +127,7 @@ def fold_path(key: jax.Array, path: str) -> jax.Array:
 
 def is_whole_leaf(node: Any) -> bool:
     """Tell whether a node is one leaf although it has arrays inside."""
-    return False
+    return isinstance(node, quantized.QuantizedArray)
 
 
 def is_box(node: Any) -> bool:

@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from jopt.arrays import packing
+from jopt.arrays import packing, quantized
 from jopt.trees import paths
 
 
@@ -128,7 +128,7 @@ def _masks(masks: Any, treedef: Any) -> list[Any]:
 
 
 def _row(path: str, leaf: Any, mask: Any) -> Row:
-    if isinstance(leaf, jax.core.Tracer):
+    if any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(leaf)):
         raise ValueError(
             f"report needs concrete arrays, got a tracer at {path!r}; "
             "call it outside jit, or on jax.eval_shape's result"
@@ -137,7 +137,7 @@ def _row(path: str, leaf: Any, mask: Any) -> Row:
     return Row(
         path=path,
         shape=tuple(leaf.shape),
-        dtype=str(leaf.dtype),
+        dtype=_dtype_name(leaf),
         size=_size(leaf),
         sparsity=_zero_fraction(leaf),
         masked=None if mask is None else _zero_fraction(packing.unpack_mask(mask)),
@@ -168,6 +168,11 @@ def _mean(parts: list[tuple[float | None, int]]) -> float | None:
     return sum(f * size for f, size in known) / max(sum(size for _, size in known), 1)
 
 
+def _dtype_name(leaf: Any) -> str:
+    is_quantized = isinstance(leaf, quantized.QuantizedArray)
+    return leaf.spec.format.name if is_quantized else str(leaf.dtype)
+
+
 def _size(leaf: Any) -> int:
     return int(np.prod(leaf.shape))
 
@@ -182,8 +187,10 @@ def _nbytes(leaf: Any) -> int:
 def _zero_fraction(leaf: Any) -> float | None:
     """Compute the fraction of zeros; None where there are no values, or no numbers."""
     is_number = not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    if isinstance(leaf, jax.ShapeDtypeStruct) or not is_number:
+    is_abstract = isinstance(jax.tree.leaves(leaf)[0], jax.ShapeDtypeStruct)
+    if is_abstract or not is_number:
         return None
+    leaf = quantized.dequantize(leaf)
     if isinstance(leaf, np.ndarray):
         nonzero = int(np.count_nonzero(leaf))
     else:

@@ -20,12 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jopt.arrays import formats, quantized
 from jopt.trees import paths
 
 Node = Any  # JSON: None, bool, int, str or a dict as the module describes
 Kind = Literal["jax", "numpy", "key"]
 
-TYPES: dict[str, type] = {"MaskedNode": optax.MaskedNode}
+# Rebuilt from their fields. To let another type be saved, list it here.
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        quantized.QuantizedArray,
+        quantized.QuantSpec,
+        formats.Format,
+        optax.MaskedNode,
+    )
+}
 
 _HALF = ("bfloat16", "float16")
 _FLOAT8 = (

@@ -1,5 +1,6 @@
 """Checkpoints hold everything and give it back bit for bit."""
 
+import dataclasses
 import json
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding
 
-from jopt.arrays import packing
+from jopt.arrays import formats, packing, quantized
 from jopt.trees import manifest
 from jopt.trees.checkpoint import read_metadata, restore, save, steps
 
@@ -45,6 +46,10 @@ def round_trip(path, tree, *, like=None):
     found = restore(path, like=like)
     assert_same(found, tree)
     return found
+
+
+def file_sizes(path):
+    return [file.stat().st_size for file in path.rglob("*") if file.is_file()]
 
 
 def of_dtype(dtype):
@@ -104,6 +109,42 @@ def test_masks_packed_or_not_with_holes(tmp_path):
         "hole": optax.MaskedNode(),
     }
     round_trip(tmp_path, tree)
+
+
+FORMATS = [getattr(formats, name) for name in formats.__all__]
+FORMATS = [format for format in FORMATS if isinstance(format, formats.Format)]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_quantized_leaves_need_no_template(tmp_path, format):
+    symmetric = format.signed or format.kind != "integer"
+    spec = quantized.QuantSpec(format, symmetric=symmetric)
+    tree = {"q": quantized.quantize_array(jnp.asarray(LARGE), spec), "b": jnp.ones(2)}
+    found = round_trip(tmp_path, tree)
+    assert found["q"].spec == spec and hash(found["q"].spec) == hash(tree["q"].spec)
+    assert_same(quantized.dequantize(found), quantized.dequantize(tree))
+
+
+def test_quantized_leaves_with_all_fields(tmp_path):
+    spec = quantized.QuantSpec(formats.uint4, group_size=32, symmetric=False)
+    q = quantized.quantize_array(jnp.asarray(LARGE), spec, order="nk")
+    q = dataclasses.replace(
+        q, permutation=jnp.arange(256)[::-1], input_scale=jnp.full((256, 1), 2.0)
+    )
+    round_trip(tmp_path, {"q": [q]})
+    other = quantized.quantize_array(
+        jnp.asarray(LARGE), quantized.QuantSpec(formats.uint4, symmetric=False)
+    )
+    with pytest.raises(ValueError, match="at 'q/0/scale': saved bfloat16"):
+        restore(tmp_path, like={"q": [dataclasses.replace(q, scale=other.scale)]})
+    with pytest.raises(ValueError, match="at 'q/0/order': saved 'nk', got 'kn'"):
+        restore(tmp_path, like={"q": [dataclasses.replace(q, order="kn")]})
+
+
+def test_quantized_leaves_are_small_on_disk(tmp_path):
+    spec = quantized.QuantSpec(formats.int4, group_size=32)
+    save(tmp_path, {"q": quantized.quantize_array(jnp.asarray(LARGE), spec)})
+    assert sum(file_sizes(tmp_path)) < LARGE.size * 4.5 / 8 + 4096
 
 
 def test_weak_types_stay_weak(tmp_path):
@@ -277,10 +318,6 @@ def test_wrong_places(tmp_path):
         save("gs://bucket/ckpt", {})
     with pytest.raises(TypeError, match="ShapeDtypeStruct"):
         save(tmp_path / "b", {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
-
-
-def file_sizes(path):
-    return [file.stat().st_size for file in path.rglob("*") if file.is_file()]
 
 
 def test_many_small_leaves_cost_little(tmp_path):

@@ -11,9 +11,11 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
 
-from jopt.trees import paths
+from jopt.arrays import formats, quantized
+from jopt.trees import paths, rules
 
 KEY = jax.random.key(0)
+SEVENS = jnp.full((8, 2), 7.0)
 
 
 class Pair(NamedTuple):
@@ -112,6 +114,15 @@ def test_order_and_structure_are_those_of_jax(tree):
     named = paths.map_with_path(lambda path, leaf: path, tree)
     assert jax.tree.structure(named) == treedef
     assert jax.tree.leaves(named) == paths.leaf_paths(tree)
+
+
+def test_a_quantized_array_is_one_leaf():
+    spec = quantized.QuantSpec(formats.int4)
+    tree = {"a": {"kernel": quantized.quantize_array(SEVENS, spec)}, "b": 1.0}
+    assert paths.leaf_paths(tree) == ["a/kernel", "b"]
+    back = paths.map_with_path(lambda path, leaf: quantized.dequantize(leaf), tree)
+    assert jnp.array_equal(back["a"]["kernel"], SEVENS)
+    assert rules.select_leaves(None, tree) == [False, False]
 
 
 def test_map_with_path_maps_several_trees():

@@ -1,6 +1,7 @@
 """Checkpoints survive what they can and never give back wrong values."""
 
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,30 @@ def test_values_that_pass_the_files_are_checked_too(damaged, monkeypatch):
 def test_template_errors_do_not_fall_back(damaged):
     with pytest.raises(ValueError, match="lacks"):
         restore(damaged, like={"w": jnp.ones(5)})
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_random_damage_to_the_only_step(intact, tmp_path, seed):
+    rng = random.Random(seed)
+    shutil.copytree(intact / "2", tmp_path / "2")
+    file = rng.choice(sorted(f for f in tmp_path.rglob("*") if f.is_file()))
+    data = bytearray(file.read_bytes())
+    match seed % 3:
+        case 0:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(data)
+        case 1:
+            file.write_bytes(data[: rng.randrange(len(data))])
+        case 2:
+            file.unlink()
+    try:
+        found = restore(tmp_path)
+    except CheckpointError as error:
+        assert file.name in str(error)
+    else:
+        assert found["step"] == 2
+        assert np.array_equal(found["large"], LARGE)
+        assert np.array_equal(found["w"], TREE["w"])
 
 
 def test_quiet_and_without_threads(tmp_path, capfd):

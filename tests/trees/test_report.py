@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jopt.arrays import packing
+from jopt.arrays import formats, packing, quantized
 from jopt.trees.report import report
 
 NAN = float("nan")
@@ -86,6 +86,18 @@ def test_abstract_leaves_have_no_sparsity():
     assert found.rows[0].sparsity is None
     assert found.rows[0].nbytes == 24
     assert "-" in str(found).splitlines()[2]
+
+
+def test_quantized_leaves():
+    w = jnp.where(jnp.arange(4096).reshape(64, 64) % 4 == 0, jnp.pi, 0.0)
+    spec = quantized.QuantSpec(formats.int4, group_size=32)
+    tree = {"w": quantized.quantize_array(w, spec)}
+    (row,) = report(tree).rows
+    assert (row.path, row.shape, row.dtype) == ("w", (64, 64), "int4")
+    assert (row.bits, row.nbytes, row.sparsity) == (4.5, 64 * 64 * 4.5 / 8, 0.75)
+    abstract = jax.eval_shape(lambda: tree)
+    (row,) = report(abstract).rows
+    assert (row.bits, row.sparsity) == (4.5, None)
 
 
 def test_traced_leaves_raise():
