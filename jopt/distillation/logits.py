@@ -46,7 +46,7 @@ def soft_target_loss(
     ...     jnp.array([[0.0, 0.0]]), teacher, temperature=2.0
     ... )
     >>> [round(float(x), 4) for x in loss]
-    [0.4437]
+    [0.4438]
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(

@@ -1,0 +1,52 @@
+"""Make JAX models smaller and faster without touching the model's code.
+
+What happens to parameters is an Optax gradient transformation around yours:
+
+    tx = jopt.quantize_weights(
+        jopt.prune(optax.adamw(1e-3), sparsity=0.9), jopt.QuantSpec(jopt.formats.int8)
+    )
+
+and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
+
+    one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
+                  formats, QuantSpec, QuantizedArray, fake_quantize
+    many leaves   matching, report, save, restore, steps
+    an update     project, prune, quantize_weights, get_masks, apply_masks, update_masks,
+                  get_scales; scores and allocation to choose from
+    a value       schedules
+    a tree        quantize, dequantize
+    a loss        distillation
+"""
+
+from jopt import distillation as distillation
+from jopt import schedules as schedules
+from jopt.arrays import formats as formats
+from jopt.arrays.packing import pack_mask as pack_mask
+from jopt.arrays.packing import unpack_mask as unpack_mask
+from jopt.arrays.patterns import NM as NM
+from jopt.arrays.patterns import Block as Block
+from jopt.arrays.patterns import Channel as Channel
+from jopt.arrays.patterns import Unstructured as Unstructured
+from jopt.arrays.patterns import make_mask as make_mask
+from jopt.arrays.quantized import QuantizedArray as QuantizedArray
+from jopt.arrays.quantized import dequantize as dequantize
+from jopt.arrays.quantized import fake_quantize as fake_quantize
+from jopt.arrays.specs import QuantSpec as QuantSpec
+from jopt.pruning import allocation as allocation
+from jopt.pruning import apply_masks as apply_masks
+from jopt.pruning import get_masks as get_masks
+from jopt.pruning import prune as prune
+from jopt.pruning import scores as scores
+from jopt.pruning import update_masks as update_masks
+from jopt.quantization import get_scales as get_scales
+from jopt.quantization import quantize as quantize
+from jopt.quantization import quantize_weights as quantize_weights
+from jopt.trees.checkpoint import restore as restore
+from jopt.trees.checkpoint import save as save
+from jopt.trees.checkpoint import steps as steps
+from jopt.trees.report import report as report
+from jopt.trees.rules import matching as matching
+from jopt.updates.project import Projection as Projection
+from jopt.updates.project import project as project
+
+__version__ = "0.1.0"

@@ -1,0 +1,73 @@
+"""Float trees to quantized trees: round to nearest, one array or many."""
+
+from typing import Any
+
+import jax
+
+from jopt.arrays.quantized import quantize_array
+from jopt.arrays.specs import QuantSpec
+from jopt.quantization.specs import SpecOrRules, resolve_specs
+from jopt.trees import rules
+from jopt.updates.states import is_masked_node
+
+
+def quantize(
+    tree: Any,
+    spec_or_rules: SpecOrRules,
+    *,
+    scales: Any = None,
+    select: rules.Select = None,
+    stacked_axes: rules.StackedAxes = None,
+) -> Any:
+    """Round an array, or the selected leaves of a tree, to quantized arrays.
+
+    codes = clip(round(w / scale) + zero_point),   w ~ (codes - zero_point) * scale
+
+    Args:
+        tree: a float array, which is always quantized, or any tree.
+        spec_or_rules: a `jopt.QuantSpec`, or for a tree ordered rules
+            `{pattern: spec or None}`.
+        scales: what `jopt.get_scales(state)` returned, to use trained scales; computed
+            from the weights when None.
+        select: which leaves of a tree are quantized; None for float leaves with at least
+            two axes, stacked ones not counted.
+        stacked_axes: which axis stacks layers: an int or rules `{pattern: axis}`; each
+            layer keeps scales of its own.
+
+    Returns:
+        A `QuantizedArray`, or the tree with `QuantizedArray` in place of quantized
+        leaves.
+
+    Raises:
+        ValueError: a rule matches nothing, or a spec does not fit its leaf.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> q = jopt.quantize(
+    ...     jnp.ones((64, 8)), jopt.QuantSpec(jopt.formats.int4, group_size=32)
+    ... )
+    >>> q.nbytes * 8 / q.size
+    4.5
+    """
+    if hasattr(tree, "dtype") and hasattr(tree, "shape"):
+        if not isinstance(spec_or_rules, QuantSpec):
+            raise TypeError(
+                "spec_or_rules must be a jopt.QuantSpec for a bare array, "
+                f"got {spec_or_rules!r}"
+            )
+        return quantize_array(tree, spec_or_rules, scale=scales)
+    specs = resolve_specs(
+        spec_or_rules, tree, select=select, stacked_axes=stacked_axes
+    )
+    grids, treedef = jax.tree.flatten(specs, is_leaf=is_masked_node)
+    leaves = treedef.flatten_up_to(tree)
+    given = [None] * len(leaves) if scales is None else treedef.flatten_up_to(scales)
+    return treedef.unflatten(
+        [
+            leaf
+            if is_masked_node(spec)
+            else quantize_array(
+                leaf, spec, scale=None if is_masked_node(scale) else scale
+            )
+            for leaf, spec, scale in zip(leaves, grids, given, strict=True)
+        ]
+    )

@@ -1,0 +1,82 @@
+"""Which leaf is quantized how: one spec, or ordered rules from path to spec."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optax
+
+from jopt.arrays.specs import QuantSpec, check_spec
+from jopt.trees import paths, rules
+
+SpecOrRules = (
+    QuantSpec | Mapping[str, QuantSpec | None] | Sequence[tuple[str, QuantSpec | None]]
+)
+
+
+def resolve_specs(
+    spec_or_rules: SpecOrRules,
+    tree: Any,
+    *,
+    select: rules.Select = None,
+    stacked_axes: rules.StackedAxes = None,
+) -> Any:
+    """Return a tree of specs, `optax.MaskedNode()` where a leaf is left alone.
+
+    A leaf needs both: to be selected, and a spec that is not None. Stacked axes are
+    added to the axes that keep a scale of their own.
+
+    Raises:
+        ValueError: a rule matches nothing, or a spec does not fit its leaf.
+    """
+    leaves, treedef = paths.flatten_with_path(tree)
+    if isinstance(spec_or_rules, QuantSpec):
+        specs: list[QuantSpec | None] = [spec_or_rules] * len(leaves)
+    else:
+        specs = rules.resolve(spec_or_rules, tree)
+    chosen = rules.select_leaves(select, tree, stacked_axes=stacked_axes)
+    stacks = rules.stacked_axis_of(stacked_axes, tree)
+    found: list[Any] = []
+    for (path, leaf), spec, keep, stack in zip(
+        leaves, specs, chosen, stacks, strict=True
+    ):
+        if spec is None or not keep:
+            found.append(optax.MaskedNode())
+            continue
+        if not isinstance(spec, QuantSpec):
+            raise TypeError(
+                f"spec_or_rules must give a jopt.QuantSpec or None for {path!r}, "
+                f"got {spec!r}"
+            )
+        if stack is not None:
+            spec = keep_axis(spec, leaf.ndim, stack)
+        check_spec(leaf.shape, spec, path=path)
+        found.append(spec)
+    return treedef.unflatten(found)
+
+
+def keep_axis(spec: QuantSpec, ndim: int, axis: int) -> QuantSpec:
+    """Return `spec` with a scale of its own along `axis`, whatever else it keeps."""
+    axis = axis % ndim
+    if spec.axis is None:
+        layer = [a for a in range(ndim) if a != axis]
+        kept = {layer[-1]} if len(layer) >= 2 else set()
+    else:
+        axes = (spec.axis,) if isinstance(spec.axis, int) else spec.axis
+        kept = {a % ndim for a in axes}
+    return dataclasses.replace(spec, axis=tuple(sorted(kept | {axis})))
+
+
+def check_trainable(specs: Any, *, learned: bool, bits: Any) -> None:
+    """Raise if a spec cannot have learned scales or a width that changes."""
+    for path, spec in paths.leaves_with_path(specs):
+        if learned and not (spec.symmetric and spec.format.group_size is None):
+            raise ValueError(
+                f"scales='learned' needs a symmetric format with free scales for "
+                f"{path!r}, got {spec}; use scales='moving'"
+            )
+        if bits is not None and spec.format.kind != "integer":
+            raise ValueError(
+                f"bits_schedule needs an integer format for {path!r}, got {spec}; "
+                "give this leaf an integer format or no schedule"
+            )

@@ -1,0 +1,400 @@
+"""Quantization-aware training of weights: params live on the grid, latents move.
+
+    latent' = latent + inner(g),   params = s * round(latent' / s)
+
+by `jopt.project`: the loss is unchanged, gradients taken at the quantized point move the
+latent (straight through), and params *are* the weights that ship. The scales s are
+
+    current   recomputed from the latent on every step (its largest magnitude per group);
+    static    computed once, when quantization begins;
+    moving    from an exponential moving average of the range;
+    learned   LSQ: log s follows its gradient, with dq/ds = q/s - w/s inside the range and
+              the clipped code outside (Esser et al., arXiv:1902.08153, equation 3).
+
+With static, moving and learned scales a latent may leave the range; its gradient is then
+cut to zero, as the derivative of the clipped grid says.
+
+Params land exactly on the grid when scales are bfloat16-valued (the default) and the
+format is an integer or float one of at most 8 bits: both params and moves are then small
+multiples of one step. Codebooks of arbitrary reals (nf4) and float32 scales may miss by
+an ulp. `jopt.quantize(params, spec, scales=jopt.get_scales(state))` yields the arrays to
+ship.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jopt.arrays.quantized import fake_quantize
+from jopt.arrays.scales import (
+    Scale,
+    compute_range,
+    compute_scale,
+    highest_level,
+    sum_groups,
+)
+from jopt.arrays.specs import QuantSpec
+from jopt.quantization.specs import SpecOrRules, check_trainable, resolve_specs
+from jopt.trees import rules
+from jopt.updates.project import Projection, ProjectState, project, require_params
+from jopt.updates.states import find_states, is_masked_node, merge_masked
+
+ScaleMode = Literal["current", "static", "moving", "learned"]
+
+
+class QuantizeState(NamedTuple):
+    """Scales in use and what they are made of; `MaskedNode()` where not needed."""
+
+    scale: Any  # as params, of the array's rank, sizes divide: scale_dtype
+    zero_point: Any  # as scale; asymmetric specs only
+    outer_scale: Any  # as scale, float32; nvfp4 only
+    low: Any  # as scale, float32: moving average of the lower end of the range
+    high: Any  # as scale, float32: of the upper end
+    log_scale: Any  # as scale, float32: the natural logarithm that LSQ trains
+    scale_optimizer_state: optax.OptState
+
+
+def quantize_weights(
+    inner: optax.GradientTransformation,
+    spec_or_rules: SpecOrRules,
+    *,
+    begin_step: int = 0,
+    bits_schedule: optax.Schedule | None = None,
+    scales: ScaleMode = "current",
+    decay: float = 0.99,
+    scale_optimizer: optax.GradientTransformation | None = None,
+    select: rules.Select = None,
+    stacked_axes: rules.StackedAxes = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap `inner` so that params are quantized weights after every update.
+
+    latent' = latent + inner(g),   params = dequantize(quantize(latent'))
+
+    Args:
+        inner: any Optax transformation, `jopt.prune` included: zeros stay zeros, because
+            every grid with a zero keeps it.
+        spec_or_rules: a `jopt.QuantSpec` for all selected leaves, or ordered rules
+            `{pattern: spec or None}`, first match wins, None and no match leave alone.
+        begin_step: count of the first update that quantizes.
+        bits_schedule: count -> bits, overrides the width of integer formats; end it at
+            the width of the format.
+        scales: "current", "static", "moving" or "learned", see the module.
+        decay: of the moving average, in [0, 1).
+        scale_optimizer: for learned scales, an Optax transformation on log s;
+            `optax.adam(1e-2)` when None.
+        select: which leaves may be quantized; None for float leaves with at least two
+            axes, stacked ones not counted.
+        stacked_axes: which axis stacks layers: an int or rules `{pattern: axis}`; each
+            layer keeps scales of its own.
+
+    Returns:
+        A transformation with one copy of the selected leaves in its state.
+
+    Raises:
+        ValueError: a rule matches nothing, a group size does not divide, learned scales
+            are asked of an asymmetric or microscaling format, or `bits_schedule` of a
+            format that is not an integer.
+
+    References:
+        Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned Step
+        Size Quantization, arXiv:1902.08153; Bengio et al., arXiv:1308.3432.
+
+    >>> import jax.numpy as jnp, optax, jopt
+    >>> tx = jopt.quantize_weights(optax.sgd(0.1), jopt.QuantSpec(jopt.formats.int4))
+    >>> params = {"w": jnp.array([[0.7], [-0.33], [0.12]])}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": jnp.zeros((3, 1))}, state, params)
+    >>> optax.apply_updates(params, updates)["w"].ravel()
+    Array([ 0.7006836 , -0.30029297,  0.10009766], dtype=float32)
+    """
+    if scales not in ("current", "static", "moving", "learned"):
+        raise ValueError(
+            f"scales must be one of current, static, moving and learned, got {scales!r}"
+        )
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay must be in [0, 1), got {decay}")
+    if scales == "learned" and bits_schedule is not None:
+        raise ValueError(
+            "bits_schedule must be None for learned scales, which belong to one width, "
+            "got a schedule; use moving scales with it"
+        )
+    train = optax.adam(1e-2) if scale_optimizer is None else scale_optimizer
+
+    def bind(params: optax.Params) -> tuple[Any, optax.GradientTransformationExtraArgs]:
+        """Resolve the rules for these params: the tree of specs and the projection."""
+        specs = resolve_specs(
+            spec_or_rules, params, select=select, stacked_axes=stacked_axes
+        )
+        check_trainable(specs, learned=scales == "learned", bits=bits_schedule)
+        chosen = jax.tree.map(
+            lambda spec: not is_masked_node(spec), specs, is_leaf=is_masked_node
+        )
+        projection = Projection(
+            init=lambda latent: _init(latent, specs, scales, train),
+            update=lambda latent, state, count: _snap(
+                latent, state, count, specs, scales, decay, begin_step, bits_schedule
+            ),
+        )
+        return specs, project(inner, projection, begin_step=begin_step, select=chosen)
+
+    def init(params: optax.Params) -> ProjectState:
+        return bind(params)[1].init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: ProjectState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ProjectState]:
+        require_params(params, "quantize_weights")
+        specs, tx = bind(params)
+        bits = _bits(bits_schedule, jnp.maximum(state.count - 1, 0))
+        if scales != "current":
+            on = state.count > begin_step  # the entering params are on the grid
+            inside = _inside_range(updates, state, specs, bits, on)
+            if scales == "learned":
+                learned = _learn(updates, inside, state, specs, on, train)
+                state = state._replace(projection_state=learned)
+            updates = merge_masked(inside, updates, both=lambda gated, _: gated)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def get_scales(state: optax.OptState) -> Any:
+    """Read the scales in use out of any optimizer state.
+
+    Args:
+        state: an optimizer state with one or several `quantize_weights` at any depth.
+
+    Returns:
+        A tree like params whose quantized leaves are replaced by a `Scale` (scale, zero
+        point, outer scale), the others by `optax.MaskedNode()`: what
+        `jopt.quantize(params, spec, scales=...)` takes.
+
+    Raises:
+        ValueError: there is no `quantize_weights` in the state.
+
+    >>> import jax.numpy as jnp, optax, jopt
+    >>> tx = jopt.quantize_weights(optax.sgd(0.1), jopt.QuantSpec(jopt.formats.int8))
+    >>> get_scales(tx.init({"w": jnp.full((2, 1), 1.27)}))["w"].scale
+    Array([[0.0100098]], dtype=bfloat16)
+    """
+    found = [
+        s.projection_state
+        for s in find_states(state, ProjectState)
+        if isinstance(s.projection_state, QuantizeState)
+    ]
+    if not found:
+        raise ValueError(
+            "state must hold scales, got a state without jopt.quantize_weights in it; "
+            "pass the state of the transformation that was built with it"
+        )
+    trees = [_scale_tree(s) for s in found]
+    merged = trees[0]
+    for tree in trees[1:]:
+        merged = merge_masked(merged, tree, both=lambda outer, inner: outer)
+    return merged
+
+
+def _scale_tree(state: QuantizeState) -> Any:
+    def scale(s: Any, zero_point: Any, outer_scale: Any) -> Any:
+        if is_masked_node(s):
+            return s
+        return Scale(
+            s,
+            None if is_masked_node(zero_point) else zero_point,
+            None if is_masked_node(outer_scale) else outer_scale,
+        )
+
+    return jax.tree.map(
+        scale, state.scale, state.zero_point, state.outer_scale, is_leaf=is_masked_node
+    )
+
+
+def _bits(schedule: optax.Schedule | None, count: jax.Array) -> Any:
+    return None if schedule is None else schedule(count)
+
+
+def _or_hole(x: Any) -> Any:
+    return optax.MaskedNode() if x is None else x
+
+
+def _init(
+    latent: optax.Params, specs: Any, mode: ScaleMode, train: Any
+) -> QuantizeState:
+    grids, treedef = jax.tree.flatten(specs)
+    ranges = [
+        compute_range(w, spec)
+        for w, spec in zip(jax.tree.leaves(latent), grids, strict=True)
+    ]
+    scales = [
+        compute_scale(low, high, spec)
+        for (low, high), spec in zip(ranges, grids, strict=True)
+    ]
+    holes = treedef.unflatten([optax.MaskedNode()] * len(grids))
+    keeps_range = mode in ("static", "moving")
+    logs = treedef.unflatten([jnp.log(s.scale.astype(jnp.float32)) for s in scales])
+    log_scale = logs if mode == "learned" else holes
+    return QuantizeState(
+        scale=treedef.unflatten([s.scale for s in scales]),
+        zero_point=treedef.unflatten([_or_hole(s.zero_point) for s in scales]),
+        outer_scale=treedef.unflatten([_or_hole(s.outer_scale) for s in scales]),
+        low=treedef.unflatten([r[0] for r in ranges]) if keeps_range else holes,
+        high=treedef.unflatten([r[1] for r in ranges]) if keeps_range else holes,
+        log_scale=log_scale,
+        scale_optimizer_state=train.init(log_scale),
+    )
+
+
+def _snap(
+    latent: optax.Params,
+    state: QuantizeState,
+    count: jax.Array,
+    specs: Any,
+    mode: ScaleMode,
+    decay: float,
+    begin_step: int,
+    bits_schedule: optax.Schedule | None,
+) -> tuple[optax.Params, QuantizeState]:
+    """Project the latent on the grid of this step's scales."""
+    state = _follow(latent, state, count, specs, mode, decay, begin_step)
+    bits = _bits(bits_schedule, count)
+    grids, treedef = jax.tree.flatten(specs)
+    ws = jax.tree.leaves(latent)
+    if mode == "learned":
+        scales = [
+            Scale(jnp.exp(x).astype(spec.scale_dtype), None, None)
+            for x, spec in zip(jax.tree.leaves(state.log_scale), grids, strict=True)
+        ]
+    else:
+        if mode == "current":
+            ranges = [compute_range(w, spec) for w, spec in zip(ws, grids, strict=True)]
+        else:
+            lows, highs = jax.tree.leaves(state.low), jax.tree.leaves(state.high)
+            ranges = list(zip(lows, highs, strict=True))
+        scales = [
+            compute_scale(low, high, spec, bits=bits)
+            for (low, high), spec in zip(ranges, grids, strict=True)
+        ]
+    snapped = [
+        fake_quantize(w, spec, scale=scale, bits=bits)
+        for w, spec, scale in zip(ws, grids, scales, strict=True)
+    ]
+    return treedef.unflatten(snapped), state._replace(
+        scale=treedef.unflatten([s.scale for s in scales]),
+        zero_point=treedef.unflatten([_or_hole(s.zero_point) for s in scales]),
+        outer_scale=treedef.unflatten([_or_hole(s.outer_scale) for s in scales]),
+    )
+
+
+def _follow(
+    latent: optax.Params,
+    state: QuantizeState,
+    count: jax.Array,
+    specs: Any,
+    mode: ScaleMode,
+    decay: float,
+    begin_step: int,
+) -> QuantizeState:
+    """Bring ranges and learned scales up to this step's latent."""
+    if mode == "current" or (mode != "moving" and begin_step == 0):
+        return state
+    grids, treedef = jax.tree.flatten(specs)
+    ws = jax.tree.leaves(latent)
+
+    def measure() -> QuantizeState:
+        ranges = [compute_range(w, spec) for w, spec in zip(ws, grids, strict=True)]
+        if mode == "learned":
+            scales = [
+                compute_scale(low, high, spec).scale.astype(jnp.float32)
+                for (low, high), spec in zip(ranges, grids, strict=True)
+            ]
+            return state._replace(
+                log_scale=treedef.unflatten([jnp.log(s) for s in scales])
+            )
+        return state._replace(
+            low=treedef.unflatten([r[0] for r in ranges]),
+            high=treedef.unflatten([r[1] for r in ranges]),
+        )
+
+    if mode == "moving":
+        new = measure()
+        mix = lambda old, x: decay * old + (1.0 - decay) * x  # noqa: E731
+        return state._replace(
+            low=jax.tree.map(mix, state.low, new.low),
+            high=jax.tree.map(mix, state.high, new.high),
+        )
+    return jax.lax.cond(count == begin_step, measure, lambda: state)
+
+
+def _inside_range(
+    updates: optax.Updates, state: ProjectState, specs: Any, bits: Any, on: jax.Array
+) -> Any:
+    """Cut the gradients of latents beyond the range, as the clipped grid's derivative."""
+
+    def cut(spec: Any, w: Any, g: Any, scale: Any) -> Any:
+        if is_masked_node(spec):
+            return spec
+        _, pull = jax.vjp(lambda x: fake_quantize(x, spec, scale=scale, bits=bits), w)
+        (gated,) = pull(g.astype(w.dtype))
+        return jnp.where(on, gated.astype(g.dtype), g)
+
+    return jax.tree.map(
+        cut,
+        specs,
+        state.latent,
+        updates,
+        _scale_tree(state.projection_state),
+        is_leaf=is_masked_node,
+    )
+
+
+def _learn(
+    updates: optax.Updates,
+    inside: Any,
+    state: ProjectState,
+    specs: Any,
+    on: jax.Array,
+    train: optax.GradientTransformation,
+) -> QuantizeState:
+    """Step log s along sum(g * dq/ds) * s / sqrt(N * largest level), as LSQ does."""
+    memory = state.projection_state
+    grads = jax.tree.map(
+        lambda spec, w, g, cut, s: (
+            spec if is_masked_node(spec) else _scale_gradient(w, g, cut, s, spec, on)
+        ),
+        specs,
+        state.latent,
+        updates,
+        inside,
+        memory.scale,
+        is_leaf=is_masked_node,
+    )
+    steps, optimizer_state = train.update(
+        grads, memory.scale_optimizer_state, memory.log_scale
+    )
+    return memory._replace(
+        log_scale=optax.apply_updates(memory.log_scale, steps),
+        scale_optimizer_state=optimizer_state,
+    )
+
+
+def _scale_gradient(
+    w: jax.Array,
+    g: jax.Array,
+    inside: jax.Array,
+    scale: jax.Array,
+    spec: QuantSpec,
+    on: jax.Array,
+) -> jax.Array:
+    """Return d loss / d log s = sum over the group of g q - (g inside) w."""
+    q = fake_quantize(w, spec, scale=Scale(scale, None, None)).astype(jnp.float32)
+    terms = g.astype(jnp.float32) * q - inside.astype(jnp.float32) * w.astype(
+        jnp.float32
+    )
+    total = sum_groups(terms, scale.shape)
+    per_group = w.size // scale.size
+    return jnp.where(on, total / jnp.sqrt(per_group * highest_level(spec)), 0.0)

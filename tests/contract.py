@@ -1,0 +1,126 @@
+"""Every transformation that the contract suite covers, and what its params must satisfy.
+
+A new wrapper gets a line in `WRAPPERS`; the tests in test_contract*.py take it from here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jopt
+
+INT8 = jopt.QuantSpec(jopt.formats.int8)
+INT4 = jopt.QuantSpec(jopt.formats.int4, group_size=4)
+
+
+def quarter_grid(latent):
+    """Snap to multiples of a quarter, a projection without memory."""
+    return jax.tree.map(
+        lambda x: (jnp.round(x * 4) / 4).astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x,
+        latent,
+    )
+
+
+def sparse(**options):
+    return lambda inner: jopt.prune(inner, **options)
+
+
+def snapped(spec, **options):
+    return lambda inner: jopt.quantize_weights(inner, spec, **options)
+
+
+WRAPPERS = {
+    "project": lambda inner: jopt.project(inner, quarter_grid),
+    "prune": sparse(sparsity=0.5),
+    "prune_ramp": sparse(
+        sparsity=jopt.schedules.cubic_sparsity(0.0, 0.75, begin_step=1, end_step=4),
+        every_steps=2,
+        begin_step=1,
+        end_step=4,
+    ),
+    "prune_global": sparse(sparsity=0.5, allocation=jopt.allocation.global_ranking),
+    "prune_nm": sparse(pattern=jopt.NM(2, 4)),
+    "prune_block": sparse(sparsity=0.5, pattern=jopt.Block((4, 4))),
+    "prune_channel": sparse(sparsity=0.5, pattern=jopt.Channel(-1)),
+    "prune_saliency": sparse(sparsity=0.5, scores=jopt.scores.saliency),
+    "prune_random": sparse(
+        sparsity=0.5, scores=jopt.scores.random(), key=jax.random.key(7)
+    ),
+    "prune_host": sparse(sparsity=0.5, update="host"),
+    "quantize": snapped(INT8),
+    "quantize_groups": snapped(INT4),
+    "quantize_asymmetric": snapped(
+        jopt.QuantSpec(jopt.formats.uint4, symmetric=False), begin_step=1
+    ),
+    "quantize_float4": snapped(jopt.QuantSpec(jopt.formats.fp4_e2m1)),
+    "quantize_static": snapped(INT8, scales="static"),
+    "quantize_moving": snapped(INT8, scales="moving", begin_step=2),
+    "quantize_learned": snapped(INT8, scales="learned"),
+    "quantize_bits": snapped(
+        INT8, bits_schedule=jopt.schedules.gradual_bits(8, 4, end_step=4)
+    ),
+    "quantize_prune": lambda inner: jopt.quantize_weights(
+        jopt.prune(inner, sparsity=0.5), INT8
+    ),
+    "prune_quantize": lambda inner: jopt.prune(
+        jopt.quantize_weights(inner, INT8), sparsity=0.5
+    ),
+}
+# Wrappers whose params hold exact zeros, and how many of each 8 x 16 leaf after 6 steps.
+HALF = 64
+ZEROS = {
+    "prune": HALF,
+    "prune_ramp": 96,
+    "prune_nm": HALF,
+    "prune_block": HALF,
+    "prune_channel": HALF,
+    "prune_saliency": HALF,
+    "prune_random": HALF,
+}
+
+
+def make_params(dtype=jnp.float32):
+    """Two kernels and a bias."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "dense": {
+            "bias": jax.random.normal(keys[0], (16,), dtype),
+            "kernel": jax.random.normal(keys[1], (8, 16), dtype),
+        },
+        "head": {"kernel": 0.1 * jax.random.normal(keys[2], (8, 16), dtype)},
+    }
+
+
+def make_grads(params, step=0):
+    """Return gradients that differ per step."""
+    leaves, treedef = jax.tree.flatten(params)
+    key = jax.random.fold_in(jax.random.key(1), step)
+    return treedef.unflatten(
+        [
+            jax.random.normal(jax.random.fold_in(key, i), x.shape).astype(x.dtype)
+            for i, x in enumerate(leaves)
+        ]
+    )
+
+
+def train(tx, params, num_steps=6, state=None, begin=0, update=None, **extra):
+    """Take steps as a user would; `update` is a jitted `tx.update`."""
+    update = jax.jit(tx.update) if update is None else update
+    state = tx.init(params) if state is None else state
+    for step in range(begin, begin + num_steps):
+        updates, state = update(make_grads(params, step), state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same(actual, expected, message=""):
+    """Assert that two trees have one structure and are equal bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected), message
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype, message
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=message)
