@@ -24,6 +24,7 @@ from jopt.arrays.scales import (
     effective_scale,
     highest_level,
     lowest_code,
+    quotient,
     round_scale,
     spread_groups,
 )
@@ -196,10 +197,9 @@ def is_inside_range(
 
 
 def _in_steps(w: jax.Array, scale: Scale) -> jax.Array:
-    """Return w / scale; a scale of 0 stands for a group of zeros."""
-    step = effective_scale(scale)
-    step = spread_groups(jnp.where(step == 0, 1.0, step), w.shape)
-    return w.astype(jnp.float32) / step
+    """Return w / scale."""
+    step = spread_groups(effective_scale(scale), w.shape)
+    return quotient(w.astype(jnp.float32), step)
 
 
 def _end_levels(

@@ -31,6 +31,7 @@ from jopt.arrays.scales import (
     Scale,
     compute_range,
     compute_scale,
+    quotient,
     reduce_groups,
     sum_groups,
 )
@@ -275,7 +276,7 @@ def _dequantize(q: QuantizedArray) -> jax.Array:
     if q.permutation is not None:
         w = _unpermute(w, q.permutation, group_axis(q.ndim, q.spec))
     if q.input_scale is not None:
-        w = w / q.input_scale.astype(jnp.float32)
+        w = quotient(w, q.input_scale.astype(jnp.float32))
     return round_to_dtype(w, q.dtype)
 
 

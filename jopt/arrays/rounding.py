@@ -2,12 +2,14 @@
 
 Rounding to any grid is rounding to an integer. Between two neighbouring levels v0 < v1
 a number x has the position t = (x - v0) / (v1 - v0), and a rounding rule is a function
-`rule(position, key) -> whole number` of the level's index plus t:
+`rule(x, key) -> whole numbers` that is given t plus some integer: the number itself on
+an integer grid, the number in units of its last bit on a float grid, t in a table.
 
-    nearest      round(t), a half to the even neighbour
-    stochastic   1 with probability t, so the expectation is x and a level stays put
+    nearest      round(x), a half to the even neighbour
+    stochastic   floor(x) + 1 with probability x - floor(x): the expectation is x, and a
+                 level stays put
 
-so one rule, of a line, serves integer, float and table formats alike.
+So one rule, of a line, serves integer, float and table formats alike.
 
 References:
     Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551.

@@ -151,8 +151,8 @@ def _mean_magnitude(w: jax.Array, absmax: jax.Array) -> jax.Array:
     So what is ternary already keeps its scale. Shares r = |w| / max |w| neither
     overflow nor underflow in a sum, and mean(r (1 - r)) is 0 where all r are 0 or 1.
     """
-    largest = spread_groups(jnp.where(absmax > 0, absmax, 1.0), w.shape)
-    share = jnp.abs(w.astype(jnp.float32)) / largest
+    largest = spread_groups(absmax, w.shape)
+    share = quotient(jnp.abs(w.astype(jnp.float32)), largest)
     count = max(w.size // max(absmax.size, 1), 1)
     mean = sum_groups(share, absmax.shape) / count
     is_on_grid = sum_groups(share * (1.0 - share), absmax.shape) == 0
@@ -194,7 +194,7 @@ def compute_scale(
     if spec.format.scale_rule == "mean":
         scale = jnp.where(absmax > 0, jnp.maximum(absmax, _TINY), 0.0)
     else:
-        scale = _divide(absmax, top)
+        scale = jnp.where(absmax == 0, 1.0, quotient(absmax, top))
         largest = _masked(_LARGEST / top, 0xFFFF0000)  # a bfloat16, rounded down
         scale = jnp.clip(scale, _smallest_scale(spec.format), largest)
     scale = round_scale(scale, spec.scale_dtype)
@@ -258,14 +258,14 @@ def round_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
     return scale
 
 
-def _divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Return x / divisor, or 1 where x is 0.
+def quotient(x: jax.Array, divisor: ArrayLike) -> jax.Array:
+    """Return x / divisor, rounded once; 0 where x is 0, whatever the divisor.
 
-    A divisor that depends on x keeps compilers from multiplying with a rounded
-    reciprocal, which would not take `divisor * scale` back to the same scale.
+    Compilers turn a division by a constant or by a broadcast array into a product with
+    the reciprocal, which is rounded twice and is zero for divisors beyond 2^126. A
+    divisor that depends on every element is left alone.
     """
-    is_zero = x == 0
-    return jnp.where(is_zero, 1.0, x) / jnp.where(is_zero, 1.0, divisor)
+    return x / jnp.where(x == 0, 1.0, divisor)
 
 
 def _or_nan(scale: jax.Array, range_end: jax.Array) -> jax.Array:
@@ -290,8 +290,7 @@ def _asymmetric_scale(
     low = jnp.minimum(low, 0.0).astype(jnp.float32)
     high = jnp.maximum(high, 0.0).astype(jnp.float32)
     is_zero = (low == 0) & (high == 0)
-    divisor = jnp.where(is_zero, 1.0, top)
-    scale = jnp.where(is_zero, 1.0, high / divisor - low / divisor)
+    scale = jnp.where(is_zero, 1.0, quotient(high, top) - quotient(low, top))
     scale = jnp.clip(scale, _TINY, _LARGEST)
     if spec.scale_dtype == jnp.bfloat16:  # the next one up
         scale = _masked(scale, 0xFFFF0000, add=0xFFFF)
@@ -327,12 +326,14 @@ def _two_level_scale(absmax: jax.Array, spec: QuantSpec) -> Scale:
     along = ndim + (group_axis(ndim, spec) or -1)
     matrix = tuple(range(min(along, max(ndim - 2, 0)), ndim))
     largest = jnp.max(absmax, axis=matrix, keepdims=True, initial=0)
-    outer = _divide(largest, jnp.float32(format.max_value * _E4M3_LARGEST))
+    outer = quotient(largest, format.max_value * _E4M3_LARGEST)
+    outer = jnp.where(largest == 0, 1.0, outer)
     smallest = _smallest_scale(format) / _E4M3_SMALLEST
     outer = lax.reduce_precision(jnp.maximum(outer, smallest), 8, 7)
     outer = _or_nan(outer, largest)
-    scale = _divide(absmax / outer, jnp.float32(format.max_value))
+    scale = quotient(quotient(absmax, outer), format.max_value)
     scale = jnp.clip(scale, _E4M3_SMALLEST, _E4M3_LARGEST)
+    scale = jnp.where(absmax == 0, 1.0, scale)
     step = _masked(scale, 0x7F800000) * np.float32(2.0**-3)
     scale = jnp.round(scale / step) * step  # e4m3, by hand: see effective_scale
     scale = _or_nan(scale, absmax)
