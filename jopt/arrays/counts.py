@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 AxisName = str | tuple[str, ...]
 
+_NARROW = 2**31  # arrays below this size are counted in 32 bits
 _PARTS = 1_000_000  # a sparsity is read to six decimals
 
 
@@ -124,7 +125,7 @@ def sum_of_booleans(values: jax.Array) -> Count:
     The axes are summed one after the other with a carry between, because 32 bits do not
     hold the sum of a large array; an array below 2^31 needs one reduction only.
     """
-    if values.size < 2**31:
+    if values.size < _NARROW:
         return as_count(jnp.sum(values, dtype=jnp.uint32))
     count = as_count(jnp.sum(values, axis=-1, dtype=jnp.uint32))
     while count.low.ndim:

@@ -15,7 +15,7 @@ Sampling to select goes back to Floyd and Rivest, "Expected time bounds for sele
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -106,10 +106,7 @@ def top_k_masks(
     """
     arrays = [jnp.asarray(array) for array in scores]
     filled = _filled(arrays)
-    masks: Iterator[jax.Array] = iter([])
-    if filled:
-        threshold = find_threshold(filled, k, axis_name=axis_name)
-        masks = _deal(filled, threshold, axis_name)
+    masks = iter(_masks(filled, counts.as_count(k), axis_name) if filled else [])
     return [
         next(masks).reshape(a.shape) if a.size else jnp.zeros_like(a, jnp.bool_)
         for a in arrays
@@ -149,8 +146,14 @@ def find_threshold(
     (True, 1)
     """
     arrays = _filled([jnp.asarray(array) for array in scores])
+    return _find_threshold(arrays, counts.as_count(k), axis_name)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _find_threshold(
+    arrays: list[jax.Array], k: Count, axis_name: AxisName | None
+) -> Threshold:
     total = sum(array.size for array in arrays)
-    k = counts.as_count(k)
     if axis_name is not None:
         total *= lax.axis_size(axis_name)
         k = counts.agree(k, axis_name)
@@ -180,16 +183,19 @@ def _as_common_type(arrays: list[jax.Array]) -> list[jax.Array]:
     return [array.astype(jnp.result_type(*types)) for array in arrays]
 
 
-def _deal(
-    arrays: list[jax.Array], threshold: Threshold, axis_name: AxisName | None
-) -> Iterator[jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _masks(
+    arrays: list[jax.Array], k: Count, axis_name: AxisName | None
+) -> list[jax.Array]:
     """Masks one array after the other, each with the ties that those before it left."""
-    key, need, split = threshold
+    key, need, split = _find_threshold(arrays, k, axis_name)
+    masks = []
     for i, array in enumerate(arrays):
         mine = need
         if axis_name is not None or i + 1 < len(arrays):
             mine, need = _share(array, key, need, split, axis_name)
-        yield scans.keep_ties(array, key, mine, split)
+        masks.append(scans.keep_ties(array, key, mine, split))
+    return masks
 
 
 def _count_all(
@@ -258,7 +264,7 @@ def _first_probes(
     sample = jnp.concatenate(keys)
     if axis_name is not None:
         sample = lax.all_gather(sample, axis_name).reshape(-1)
-    fraction = 1 - counts.to_float(k) / total
+    fraction = 1 - counts.to_float(k) / np.float32(total)
     deviation = jnp.sqrt(sample.size * fraction * (1 - fraction)) + 0.5
     positions = sample.size * fraction - 0.5 + deviation * _FIRST_SPREAD
     positions = jnp.clip(jnp.round(positions), 0, sample.size - 1)
