@@ -1,0 +1,356 @@
+"""The main job: train a model, compress it in seven ways, and compare.
+
+    python -m experiments.compress
+    python -m experiments.compress --data-dir DIR --model gpt --steps 2000 --seeds 1
+
+Every variant starts from the same parameters and sees the same batches as the dense
+model, per seed. Accuracy is that of the file on disk: the artefact is saved, read back
+and evaluated. A run that is killed at any moment continues when it is started again, and
+ends with the same bits.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from sklearn.metrics import f1_score, recall_score
+
+import jopt
+from experiments import data as datasets
+from experiments import html_report, models, plots, train
+from experiments.variants import VARIANTS, Variant
+
+TEMPERATURE, SOFT_SHARE = 4.0, 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the main job; the defaults take about two minutes on two cores."""
+
+    out: Path = Path("runs/compress")
+    """Where everything goes; started again with the same options it continues."""
+    data_dir: Path | None = None
+    """A folder of parquet images, or a text; scikit-learn's digits when left out."""
+    model: Literal["resnet", "gpt"] = "resnet"
+    steps: int = 300
+    seeds: int = 2
+    width: int | None = None
+    """Channels or features: 16 for digits, 32 for larger images, 128 for a GPT."""
+    depth: int | None = None
+    """Blocks per stage, or layers: 1, or 4 for a GPT."""
+    connections: Literal["plain", "residual", "dense"] = "residual"
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    parallel: train.Parallel = "jit"
+    save_every: int = 100
+
+
+def model_config(config: Config, data: datasets.Dataset) -> models.ModelConfig:
+    """Fill in the sizes that were left out."""
+    width = 128 if config.model == "gpt" else 16 if data.name == "digits" else 32
+    depth = 4 if config.model == "gpt" else 1
+    return models.ModelConfig(
+        config.model, config.depth or depth, config.width or width, config.connections
+    )
+
+
+def claim_folder(config: Config) -> None:
+    """Refuse to mix two experiments in one folder."""
+    settings = dataclasses.asdict(config)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    del settings["out"]
+    file = config.out / "settings.json"
+    config.out.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        before = json.loads(file.read_text())
+        if before != settings:
+            changed = sorted(k for k in settings if before.get(k) != settings[k])
+            raise ValueError(
+                f"--out must be a new folder or one of the same options, {str(config.out)!r} "
+                f"was started with other {', '.join(changed)}; choose another --out"
+            )
+    write_atomically(file, json.dumps(settings, indent=2))
+
+
+def write_atomically(file: Path, content: str) -> None:
+    """Write a file that is either whole or not there."""
+    draft = file.with_name(file.name + ".draft")
+    draft.write_text(content)
+    os.replace(draft, file)
+
+
+def make_loss(apply: models.Apply, teacher: models.Apply | None) -> train.Loss:
+    """Cross entropy, mixed with the teacher's soft targets where there is one."""
+
+    def loss(params, batch, teacher_params):
+        logits = apply(params, batch["x"])
+        hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        hard = hard.mean()
+        if teacher is None:
+            return hard, {"loss": hard}
+        soft = jopt.distillation.soft_target_loss(
+            logits, teacher(teacher_params, batch["x"]), temperature=TEMPERATURE
+        ).mean()
+        mixed = (1 - SOFT_SHARE) * hard + SOFT_SHARE * soft
+        return mixed, {"loss": hard, "soft_loss": soft}
+
+    return loss
+
+
+def evaluate(predict, params: Any, batch: datasets.Batch) -> dict[str, float]:
+    """Measure a model on the test set."""
+    losses, predictions = [], []
+    for start in range(0, len(batch["x"]), 1000):
+        part = {k: v[start : start + 1000] for k, v in batch.items()}
+        loss, prediction = predict(params, part)
+        losses.append(np.asarray(loss).ravel())
+        predictions.append(np.asarray(prediction).ravel())
+    truth, guess = batch["y"].ravel(), np.concatenate(predictions)
+    loss = float(np.concatenate(losses).mean())
+    return {
+        "accuracy": float((truth == guess).mean()),
+        "recall": float(recall_score(truth, guess, average="macro", zero_division=0)),
+        "f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
+        "loss": loss,
+        "bits_per_character": loss / float(np.log(2)),
+    }
+
+
+def make_predict(apply: models.Apply):
+    """Compile loss and prediction per example."""
+
+    @jax.jit
+    def predict(params, batch):
+        logits = apply(params, batch["x"])
+        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        return loss, logits.argmax(-1)
+
+    return predict
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Add up the files of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def ship(variant: Variant, result: train.Result, folder: Path) -> Any:
+    """Save what would be deployed, read it back, and return it as floats."""
+    params = result.params
+    if variant.spec is not None:
+        scales = jopt.get_scales(result.state)
+        params = jopt.quantize(params, variant.spec, scales=scales)
+    jopt.save(folder, params, overwrite=True)
+    shipped = jopt.dequantize(jopt.restore(folder))
+    for a, b in zip(
+        jax.tree.leaves(shipped), jax.tree.leaves(result.params), strict=True
+    ):
+        if not bool(jnp.array_equal(a, b)):
+            raise RuntimeError(f"what {variant.name} ships differs from what it trained")
+    return shipped
+
+
+class Job:
+    """The runs of one folder, in order, skipping what is finished."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.data = datasets.load(config.data_dir)
+        self.test = datasets.test_batch(self.data)
+        self.sizes = {
+            False: model_config(config, self.data),
+            True: models.student_of(model_config(config, self.data)),
+        }
+        self.predicts = {
+            small: make_predict(models.build(size, self.data, seed=0)[0])
+            for small, size in self.sizes.items()
+        }
+
+    def folder(self, variant: Variant, seed: int) -> Path:
+        """Return where a run lives."""
+        return self.config.out / "runs" / variant.name / f"seed_{seed}"
+
+    def run_variant(self, variant: Variant, tell) -> list[dict[str, Any]]:
+        """Run all seeds of a variant with one compiled step."""
+        config = self.config
+        records = [self.folder(variant, s) / "result.json" for s in range(config.seeds)]
+        tx = variant.make_tx(config.steps, config.learning_rate)
+        trainer = None
+        for seed, record in enumerate(records):
+            if record.exists():
+                tell(variant, seed, config.steps)
+                continue
+            if trainer is None:
+                apply, _ = models.build(self.sizes[variant.is_student], self.data, seed=0)
+                teacher, _ = models.build(self.sizes[False], self.data, seed=0)
+                loss = make_loss(apply, teacher if variant.has_teacher else None)
+                trainer = train.make_trainer(loss, tx, parallel=config.parallel)
+            result = self.run(variant, seed, trainer, tx, tell)
+            write_atomically(record, json.dumps(result, indent=2))
+        return [json.loads(record.read_text()) for record in records]
+
+    def run(self, variant: Variant, seed: int, trainer, tx, tell) -> dict[str, Any]:
+        """Train, ship and evaluate one model."""
+        config, folder = self.config, self.folder(variant, seed)
+        _, params = models.build(self.sizes[variant.is_student], self.data, seed=seed)
+        teacher = None
+        if variant.has_teacher:
+            teacher = jopt.restore(self.folder(VARIANTS[0], seed) / "artefact")
+        result = train.fit(
+            trainer,
+            tx,
+            params,
+            lambda step: datasets.batch_at(
+                self.data, seed=seed, step=step, size=config.batch_size
+            ),
+            train.TrainConfig(
+                config.steps,
+                config.batch_size,
+                config.parallel,
+                log_every=max(config.steps // 50, 1),
+                save_every=config.save_every,
+            ),
+            directory=folder,
+            extras=teacher,
+            probe=lambda params, state: {"sparsity": train.zero_fraction(params)},
+            on_step=lambda step: tell(variant, seed, step),
+        )
+        artefact = folder / "artefact"
+        shipped = ship(variant, result, artefact)
+        leaves = jax.tree.leaves(shipped)
+        return {
+            "variant": variant.name,
+            "seed": seed,
+            **evaluate(self.predicts[variant.is_student], shipped, self.test),
+            "num_params": sum(x.size for x in leaves),
+            "nonzero_params": sum(int(jnp.count_nonzero(x)) for x in leaves),
+            "bytes": bytes_on_disk(artefact),
+            "seconds": result.seconds,
+        }
+
+
+def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Reduce the seeds of each variant to mean and standard deviation."""
+    rows = []
+    for variant in VARIANTS:
+        runs = results[variant.name]
+        row: dict[str, Any] = {"name": variant.name, "label": variant.label}
+        for key in ("accuracy", "recall", "f1", "loss", "bits_per_character"):
+            values = [run[key] for run in runs]
+            row[key] = float(np.mean(values))
+            row[f"{key}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        for key in ("num_params", "nonzero_params", "bytes", "seconds"):
+            row[key] = float(np.median([run[key] for run in runs]))
+        row["is_harmless"] = variant.is_harmless
+        rows.append(row)
+    return rows
+
+
+def make_table(rows: list[dict[str, Any]], data: datasets.Dataset, seeds: int) -> Table:
+    """Lay the summary out for the terminal."""
+    dense = rows[0]
+    title = f"{data.name}, mean and standard deviation over {seeds} seeds"
+    table = Table(title=title, title_justify="left")
+    columns = ["variant", "accuracy %", "recall %", "F1 %"]
+    columns += ["bits/char"] if data.kind == "text" else []
+    columns += ["non-zero params", "bytes on disk", "smaller", "train s"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        cells = [row["label"]]
+        for key in ("accuracy", "recall", "f1"):
+            cells.append(f"{100 * row[key]:.2f} ± {100 * row[key + '_std']:.2f}")
+        if data.kind == "text":
+            cells.append(f"{row['bits_per_character']:.3f}")
+        cells += [
+            f"{row['nonzero_params']:,.0f}",
+            f"{row['bytes']:,.0f}",
+            f"{dense['bytes'] / row['bytes']:.1f}x",
+            f"{row['seconds']:.1f}",
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def main(config: Config) -> None:
+    """Run what is not finished, then show everything."""
+    start = time.perf_counter()
+    console = Console()
+    if config.steps < 10 or config.seeds < 1:
+        raise ValueError(
+            "steps must be at least 10 and seeds at least 1, "
+            f"got {config.steps} and {config.seeds}"
+        )
+    claim_folder(config)
+    job = Job(config)
+    results = {}
+    with Progress(
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        total = len(VARIANTS) * config.seeds * config.steps
+        task = progress.add_task("starting", total=total)
+        for i, variant in enumerate(VARIANTS):
+
+            def tell(variant, seed, step, i=i):
+                before = (i * config.seeds + seed) * config.steps
+                text = f"{variant.label}, seed {seed}"
+                progress.update(task, completed=before + step, description=text)
+
+            results[variant.name] = job.run_variant(variant, tell)
+        progress.update(task, description="done")
+    rows = summarise(results)
+    table = make_table(rows, job.data, config.seeds)
+    summary = {
+        "data": job.data.name,
+        "kind": job.data.kind,
+        "model": dataclasses.asdict(job.sizes[False]),
+        "steps": config.steps,
+        "seeds": config.seeds,
+        "test_examples": len(job.test["x"]),
+        "environment": html_report.environment(),
+        "rows": rows,
+    }
+    write_atomically(config.out / "results.json", json.dumps(summary, indent=2))
+    pictures = plots.draw_all(config.out, rows, VARIANTS)
+    html_report.write(config.out / "report.html", summary, pictures, sys.argv[1:])
+    console.print(table)
+    console.print(
+        f"{config.out / 'report.html'} has the pictures; "
+        f"this call took {time.perf_counter() - start:.0f} s"
+    )
+
+
+def cli() -> None:
+    """Parse the command line; wrong options end with one sentence."""
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    cli()

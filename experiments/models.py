@@ -1,0 +1,181 @@
+"""Two NNX models as pure functions: a ResNet and a GPT.
+
+`build(config, data, seed=...)` returns `(apply, params)` with `apply(params, x) -> logits`
+and params as nested dicts: what every transformation of jopt takes. Both models
+normalise without running statistics, so nothing but params changes in training.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.data import Dataset
+
+Apply = Callable[[Any, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how large."""
+
+    kind: Literal["resnet", "gpt"] = "resnet"
+    depth: int = 1  # blocks per stage; layers of a GPT
+    width: int = 32  # channels of the first stage; features of a GPT
+    connections: Literal["plain", "residual", "dense"] = "residual"
+    heads: int = 4
+
+
+def _groups(channels: int) -> int:
+    return next(g for g in (8, 4, 2, 1) if channels % g == 0)
+
+
+class Block(nnx.Module):
+    """norm, relu, 3x3, norm, relu, 3x3; its input is dropped, added or concatenated."""
+
+    def __init__(self, cin: int, cout: int, *, stride: int, connections: str, rngs):
+        conv = lambda a, b, s: nnx.Conv(  # noqa: E731
+            a, b, (3, 3), strides=s, use_bias=False, rngs=rngs
+        )
+        self.norm1 = nnx.GroupNorm(cin, num_groups=_groups(cin), rngs=rngs)
+        self.conv1 = conv(cin, cout, stride)
+        self.norm2 = nnx.GroupNorm(cout, num_groups=_groups(cout), rngs=rngs)
+        self.conv2 = conv(cout, cout, 1)
+        self.connections = connections
+        changes = cin != cout or stride != 1
+        self.shortcut = (
+            nnx.Conv(cin, cout, (1, 1), strides=stride, use_bias=False, rngs=rngs)
+            if changes and connections == "residual"
+            else None
+        )
+
+    def __call__(self, x):
+        y = self.conv1(nnx.relu(self.norm1(x)))
+        y = self.conv2(nnx.relu(self.norm2(y)))
+        if self.connections == "residual":
+            return y + (x if self.shortcut is None else self.shortcut(x))
+        if self.connections == "dense":
+            return jnp.concatenate([x, y], axis=-1)
+        return y
+
+
+class ResNet(nnx.Module):
+    """Three stages of widths w, 2w, 4w that halve the picture, mean, linear."""
+
+    def __init__(self, config: ModelConfig, *, channels: int, classes: int, rngs):
+        width, dense = config.width, config.connections == "dense"
+        self.stem = nnx.Conv(channels, width, (3, 3), use_bias=False, rngs=rngs)
+        blocks, transitions, cin = [], [], width
+        for stage in range(3):
+            cout = width * 2**stage
+            for i in range(config.depth):
+                stride = 2 if stage and not i and not dense else 1
+                blocks.append(
+                    Block(
+                        cin, cout, stride=stride, connections=config.connections, rngs=rngs
+                    )
+                )
+                cin = cin + cout if dense else cout
+            if dense and stage < 2:  # between dense stages: fewer channels, half the size
+                transitions.append(
+                    nnx.Conv(cin, cout, (1, 1), strides=2, use_bias=False, rngs=rngs)
+                )
+                cin = cout
+        self.blocks = nnx.List(blocks)
+        self.transitions = nnx.List(transitions)
+        self.depth = config.depth
+        self.norm = nnx.GroupNorm(cin, num_groups=_groups(cin), rngs=rngs)
+        self.head = nnx.Linear(cin, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            stage_ends = (i + 1) % self.depth == 0
+            if stage_ends and i // self.depth < len(self.transitions):
+                x = self.transitions[i // self.depth](x)
+        return self.head(nnx.relu(self.norm(x)).mean(axis=(1, 2)))
+
+
+class Layer(nnx.Module):
+    """Causal attention and a two-layer network, each behind a norm, residual."""
+
+    def __init__(self, width: int, heads: int, *, rngs):
+        linear = lambda a, b: nnx.Linear(a, b, use_bias=False, rngs=rngs)  # noqa: E731
+        self.norm1, self.norm2 = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
+        self.qkv, self.out = linear(width, 3 * width), linear(width, width)
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+        self.heads = heads
+
+    def __call__(self, x):
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, -1)
+        mixed = jax.nn.dot_product_attention(
+            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
+        )
+        x = x + self.out(mixed.reshape(batch, length, width))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nnx.Module):
+    """Characters in, the logits of the next character out."""
+
+    def __init__(self, config: ModelConfig, *, classes: int, length: int, rngs):
+        self.embed = nnx.Embed(classes, config.width, rngs=rngs)
+        self.position = nnx.Embed(length, config.width, rngs=rngs)
+        self.layers = nnx.List(
+            [Layer(config.width, config.heads, rngs=rngs) for _ in range(config.depth)]
+        )
+        self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.head = nnx.Linear(config.width, classes, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.embed(x) + self.position(jnp.arange(x.shape[1]))[None]
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def build(config: ModelConfig, data: Dataset, *, seed: int) -> tuple[Apply, Any]:
+    """Make a model for the data: a pure `apply(params, x)` and its first params."""
+    rngs = nnx.Rngs(seed)
+    if config.kind == "gpt":
+        if data.kind != "text":
+            raise ValueError(f"model gpt needs a text, got data {data.name!r}; use resnet")
+        model: nnx.Module = GPT(
+            config, classes=data.num_classes, length=data.length, rngs=rngs
+        )
+    else:
+        if data.kind != "images":
+            raise ValueError(f"model resnet needs images, got data {data.name!r}; use gpt")
+        channels = data.train["x"].shape[-1]
+        model = ResNet(config, channels=channels, classes=data.num_classes, rngs=rngs)
+    graph, state = nnx.split(model, nnx.Param)
+
+    def apply(params, x):
+        full = jax.tree.map(lambda a: a, state)
+        nnx.replace_by_pure_dict(full, params)
+        return nnx.merge(graph, full, copy=True)(x)
+
+    return apply, _string_keys(nnx.to_pure_dict(state))
+
+
+def _string_keys(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _string_keys(value) for key, value in tree.items()}
+
+
+def num_params(params: Any) -> int:
+    """Count the elements of all leaves."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def student_of(config: ModelConfig) -> ModelConfig:
+    """Return a model of about a quarter of the parameters: half the width."""
+    heads = max(config.heads // 2, 1) if config.kind == "gpt" else config.heads
+    return dataclasses.replace(config, width=config.width // 2, heads=heads)
