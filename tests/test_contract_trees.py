@@ -85,7 +85,7 @@ def test_nnx_optimizer():
         step(model, optimizer)
     kernel = model.kernel[...]
     assert int((kernel == 0).sum()) == 64
-    masks = jopt.get_masks(nnx.state(optimizer).to_pure_dict())
+    masks = jopt.get_masks(optimizer.opt_state)
     (mask,) = jax.tree.leaves(masks)
     np.testing.assert_array_equal(mask, kernel != 0)
 

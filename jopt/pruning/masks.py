@@ -46,11 +46,18 @@ class Leaf(NamedTuple):
     score_state: Any
     key: jax.Array
     stacked_axis: int | None
+    is_packed: bool  # how the state stores the mask
 
 
 def full_mask(param: jax.Array) -> jax.Array:
-    """Return the packed mask that keeps all of `param`."""
-    return packing.pack_mask(jnp.ones(param.shape, jnp.bool_))
+    """Return the mask that keeps all of `param`, sharded alike, packed where possible.
+
+    A last axis that an explicit mesh splits into pieces that 8 does not divide stays bool.
+    """
+    mask = jnp.ones_like(param, jnp.bool_)
+    sharding = jax.typeof(mask).sharding
+    split = sharding.shard_shape(mask.shape) if mask.ndim else ()
+    return packing.pack_mask(mask) if split and split[-1] % 8 == 0 else mask
 
 
 def layer_shape(param: jax.Array, stacked_axis: int | None) -> tuple[int, ...]:
@@ -64,7 +71,7 @@ def in_one_program(
     leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """Compute all packed masks, and how many scores were not finite."""
-    scored = [layer_scores(*leaf, recipe.score) for leaf in leaves]
+    scored = [layer_scores(*leaf[:5], recipe.score) for leaf in leaves]
     lots = _lots(scored)
     stacked = [_stack([scored[i] for i in lot]) for lot in lots]
     masks, num_nonfinite = _masks(
@@ -75,7 +82,10 @@ def in_one_program(
         start = 0
         for i in lot:
             stop = start + scored[i].shape[0]
-            packed[i] = pack_layers(mask[start:stop], leaves[i].stacked_axis)
+            leaf = leaves[i]
+            packed[i] = pack_layers(
+                mask[start:stop], leaf.stacked_axis, leaf.is_packed
+            )
             start = stop
     return packed, num_nonfinite
 
@@ -84,13 +94,13 @@ def leaf_by_leaf(
     leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """Compute what `in_one_program` does, with one compiled program per shape."""
-    scored = [_jit_layer_scores(*leaf, recipe.score) for leaf in leaves]
+    scored = [_jit_layer_scores(*leaf[:5], recipe.score) for leaf in leaves]
     lots = [[i] for i in range(len(leaves))]
     masks, num_nonfinite = _masks(
         scored, lots, [s.shape[0] for s in scored], recipe, count, _COMPILED.__getitem__
     )
     packed = [
-        _jit_pack_layers(mask, leaf.stacked_axis)
+        _jit_pack_layers(mask, leaf.stacked_axis, leaf.is_packed)
         for mask, leaf in zip(masks, leaves, strict=True)
     ]
     return packed, num_nonfinite
@@ -119,11 +129,12 @@ def layer_scores(
     return scores[None] if stacked_axis is None else jnp.moveaxis(scores, stacked_axis, 0)
 
 
-def pack_layers(mask: jax.Array, stacked_axis: int | None) -> jax.Array:
+def pack_layers(
+    mask: jax.Array, stacked_axis: int | None, is_packed: bool
+) -> jax.Array:
     """Put the layers of a leaf back where they stand, and pack."""
-    if stacked_axis is None:
-        return packing.pack_mask(mask[0])
-    return packing.pack_mask(jnp.moveaxis(mask, 0, stacked_axis))
+    mask = mask[0] if stacked_axis is None else jnp.moveaxis(mask, 0, stacked_axis)
+    return packing.pack_mask(mask) if is_packed else mask
 
 
 def _masks(
@@ -200,7 +211,7 @@ def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 _jit_layer_scores = jax.jit(layer_scores, static_argnames=("stacked_axis", "score"))
-_jit_pack_layers = jax.jit(pack_layers, static_argnames="stacked_axis")
+_jit_pack_layers = jax.jit(pack_layers, static_argnames=("stacked_axis", "is_packed"))
 
 
 _COMPILED = {

@@ -153,8 +153,11 @@ def prune(
         if update == "step" and packed:
             packed, num_nonfinite = jax.lax.cond(
                 is_due(state.count),
-                lambda: masks.in_one_program(
-                    gather(state, params, updates), recipe, state.count
+                lambda: _placed_as(
+                    (packed, num_nonfinite),
+                    masks.in_one_program(
+                        gather(state, params, updates), recipe, state.count
+                    ),
                 ),
                 lambda: (packed, num_nonfinite),
             )
@@ -203,6 +206,17 @@ def _tree_of(
     )
 
 
+def _placed_as(old: Any, new: Any) -> Any:
+    """Give new masks the explicit sharding of the old ones; elsewhere do nothing."""
+
+    def place(a: jax.Array, b: jax.Array) -> jax.Array:
+        sharding = jax.typeof(a).sharding
+        fits = sharding.mesh.empty or sharding == jax.typeof(b).sharding
+        return b if fits else jax.sharding.reshard(b, sharding)
+
+    return jax.tree.map(place, old, new)
+
+
 def _mask_step(packed: Any, step: jax.Array, param: jax.Array) -> jax.Array:
     if is_masked_node(packed):
         return step
@@ -238,7 +252,14 @@ def _selected_leaves(
     # Folding is code for every leaf: only where it is used.
     key = jax.random.fold_in(state.key, state.count) if random else state.key
     return [
-        masks.Leaf(p, g, s, paths.fold_path(key, path) if random else key, axis)
+        masks.Leaf(
+            param=p,
+            grad=g,
+            score_state=s,
+            key=paths.fold_path(key, path) if random else key,
+            stacked_axis=axis,
+            is_packed=m.dtype == jnp.uint8,
+        )
         for p, g, s, m, path, axis in zip(
             leaves,
             gradients,
