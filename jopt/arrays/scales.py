@@ -156,7 +156,7 @@ def _mean_magnitude(w: jax.Array, absmax: jax.Array) -> jax.Array:
     count = max(w.size // max(absmax.size, 1), 1)
     mean = sum_groups(share, absmax.shape) / count
     is_on_grid = sum_groups(share * (1.0 - share), absmax.shape) == 0
-    return jnp.where(is_on_grid, absmax, absmax * mean)
+    return jnp.where(is_on_grid, absmax, jnp.maximum(absmax * mean, _TINY))
 
 
 def compute_scale(
@@ -192,13 +192,16 @@ def compute_scale(
         return _two_level_scale(absmax, spec)
     top = highest_level(spec, bits)
     if spec.format.scale_rule == "mean":
-        scale = jnp.where(absmax > 0, jnp.maximum(absmax, _TINY), 0.0)
+        scale = jnp.minimum(absmax, _LARGEST)
     else:
         scale = jnp.where(absmax == 0, 1.0, quotient(absmax, top))
         largest = _masked(_LARGEST / top, 0xFFFF0000)  # a bfloat16, rounded down
         scale = jnp.clip(scale, _smallest_scale(spec.format), largest)
-    scale = round_scale(scale, spec.scale_dtype)
-    return Scale(_or_nan(scale, absmax).astype(spec.scale_dtype))
+    rounded = round_scale(scale, spec.scale_dtype)
+    if bits is not None:  # rounded down, 10 bits and more would not reach the ends
+        above = _round_up(scale, spec.scale_dtype)
+        rounded = jnp.where(top < 2**9 - 1, rounded, above)
+    return Scale(_or_nan(rounded, absmax).astype(spec.scale_dtype))
 
 
 def highest_level(spec: QuantSpec, bits: ArrayLike | None = None) -> jax.Array:
@@ -258,6 +261,13 @@ def round_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
     return scale
 
 
+def _round_up(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return the next scale up, or the same, that `dtype` can hold."""
+    if dtype == jnp.bfloat16:
+        return _masked(scale, 0xFFFF0000, add=0xFFFF)
+    return scale
+
+
 def quotient(x: jax.Array, divisor: ArrayLike) -> jax.Array:
     """Return x / divisor, rounded once; 0 where x is 0, whatever the divisor.
 
@@ -292,9 +302,7 @@ def _asymmetric_scale(
     is_zero = (low == 0) & (high == 0)
     scale = jnp.where(is_zero, 1.0, quotient(high, top) - quotient(low, top))
     scale = jnp.clip(scale, _TINY, _LARGEST)
-    if spec.scale_dtype == jnp.bfloat16:  # the next one up
-        scale = _masked(scale, 0xFFFF0000, add=0xFFFF)
-    scale = _or_nan(scale, high - low)
+    scale = _or_nan(_round_up(scale, spec.scale_dtype), high - low)
     lowest = lowest_code(spec, top)
     zero_point = jnp.clip(jnp.round(lowest - low / scale), lowest, lowest + top)
     zero_point = jnp.where(jnp.isnan(scale), 0.0, zero_point)

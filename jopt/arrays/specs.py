@@ -81,16 +81,16 @@ class QuantSpec:
 
 
 def _as_axes(axis: Any) -> int | tuple[int, ...] | None:
-    axes = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-    for a in axes:
-        if a is not None and (isinstance(a, bool) or not hasattr(a, "__index__")):
-            raise TypeError(
-                f"axis must be an int, a tuple of ints or None, got {axis!r}: () is "
-                "one scale per array"
-            )
-    if isinstance(axis, list | tuple):
-        return tuple(int(a) for a in axes)
-    return None if axis is None else int(axis)
+    if axis is None:
+        return None
+    is_several = isinstance(axis, list | tuple)
+    axes = axis if is_several else (axis,)
+    if any(isinstance(a, bool) or not hasattr(a, "__index__") for a in axes):
+        raise TypeError(
+            f"axis must be an int, a tuple of ints or None, got {axis!r}: () is one "
+            "scale per array"
+        )
+    return tuple(int(a) for a in axes) if is_several else int(axis)
 
 
 def _scale_dtype(spec: QuantSpec) -> np.dtype:
