@@ -12,6 +12,7 @@ https://arxiv.org/abs/2104.08378. A pattern treats its array as one layer; a cal
 over stacked layers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from jopt.arrays import counts, selection
@@ -211,8 +213,10 @@ def pool(scores: jax.Array, pattern: Pattern) -> jax.Array:
         return jnp.mean(scores.astype(jnp.float32), axis=others)
     if isinstance(pattern, Block):
         reduce = jnp.mean if pattern.reduce == "mean" else jnp.max
-        tiles, inside = _tiles(scores.shape, pattern)
-        return reduce(scores.astype(jnp.float32).reshape(tiles), axis=inside)
+        tiles = scores.astype(jnp.float32)
+        for axis, size in _blocks(scores.shape, pattern):
+            tiles = reduce(_split(tiles, axis, size), axis=axis + 1)
+        return tiles
     return scores
 
 
@@ -237,18 +241,34 @@ def spread(mask: jax.Array, pattern: Pattern, shape: tuple[int, ...]) -> jax.Arr
             shape,
         )
     if isinstance(pattern, Block):
-        tiles, inside = _tiles(shape, pattern)
-        return jnp.broadcast_to(jnp.expand_dims(mask, inside), tiles).reshape(shape)
+        for axis, size in _blocks(shape, pattern):
+            mask = jnp.repeat(mask, size, axis)
     return mask
 
 
-def _tiles(shape: tuple[int, ...], pattern: Block) -> tuple[list[int], tuple[int, ...]]:
-    """Returns the shape with every tiled axis split, and the axes inside a block."""
-    whole = len(shape) - len(pattern.shape)
-    split = list(shape[:whole])
-    for size, block in zip(shape[whole:], pattern.shape, strict=True):
-        split += [size // block, block]
-    return split, tuple(range(whole + 1, len(split), 2))
+def _blocks(shape: tuple[int, ...], pattern: Block) -> list[tuple[int, int]]:
+    """Returns the tiled axes, and the size of a block along each."""
+    first = len(shape) - len(pattern.shape)
+    return [(first + i, size) for i, size in enumerate(pattern.shape)]
+
+
+def _split(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """Splits an axis into groups of a size, on the devices where they lie.
+
+    On an explicit mesh the sharding of the result has to be named; groups that would
+    lie across devices are brought together.
+    """
+    groups = array.shape[axis] // size
+    shape = (*array.shape[:axis], groups, size, *array.shape[axis + 1 :])
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array.reshape(shape)
+    spec = sharding.spec
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    parts = math.prod(sharding.mesh.shape[name] for name in names if name)
+    held = spec[axis] if groups % parts == 0 else None
+    split = (*spec[:axis], held, None, *spec[axis + 1 :])
+    return lax.reshape(array, shape, out_sharding=sharding.update(spec=split))
 
 
 def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
@@ -258,14 +278,18 @@ def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
     out for small m, XLA vectorizes the pass along the last axis as well.
     """
     axis = pattern.axis % scores.ndim
-    lead, tail = scores.shape[:axis], scores.shape[axis + 1 :]
-    groups = (*lead, scores.shape[axis] // pattern.m)
-    keys = selection.ordered_keys(scores).reshape(*groups, pattern.m, *tail)
-    if pattern.m <= _WRITTEN_OUT:
-        ranks = _ranks_written_out(keys, len(groups))
-    else:
-        ranks = _ranks(keys, len(groups))
-    return (ranks < pattern.n).reshape(scores.shape)
+    keys = _split(selection.ordered_keys(scores), axis, pattern.m)
+    rank = _ranks_written_out if pattern.m <= _WRITTEN_OUT else _ranks
+    mask = rank(keys, axis + 1) < pattern.n
+    return _merge(mask, scores)
+
+
+def _merge(mask: jax.Array, scores: jax.Array) -> jax.Array:
+    """Gives a mask of split scores the shape of the scores, and their sharding."""
+    sharding = jax.typeof(scores).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return mask.reshape(scores.shape)
+    return lax.reshape(mask, scores.shape, out_sharding=sharding)
 
 
 def _ranks_written_out(keys: jax.Array, axis: int) -> jax.Array:

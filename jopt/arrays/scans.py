@@ -29,10 +29,10 @@ from jopt.arrays.counts import Count
 
 PROBES = 4  # thresholds counted in one read
 _BITS = 8  # of a lane for each probe
-_ROWS = 4  # added to the lanes in one step
+_ROWS = 8  # added to the lanes in one step
 _LANES = 1 << 15
 _STEPS = 255 // _ROWS  # until eight bits are full
-_TIE_CHUNK = 1 << 16
+_TIE_CHUNK = 1 << 16  # a power of two
 
 
 def ordered_keys(scores: ArrayLike) -> jax.Array:
@@ -159,18 +159,22 @@ def _count_plainly(array: jax.Array, probes: jax.Array) -> Count:
 
 
 def _count_in_chunks(array: jax.Array, probes: jax.Array) -> Count:
-    """Adds rows into lanes: `panels x steps x rows x lanes` elements and a tail."""
+    """Adds rows into lanes, and full lanes into totals; a tail remains.
+
+    The flat array is `panels x steps x rows x lanes` elements and less than one for
+    each row more (sixteen where rows are long, which keeps them aligned).
+    """
     flat = array.reshape(-1)
     panels = -(-flat.size // (_STEPS * _ROWS * _LANES))
     steps = -(-flat.size // (panels * _ROWS * _LANES))
     lanes = flat.size // (panels * steps * _ROWS)
-    lanes -= lanes % 16 if lanes >= 256 else 0  # aligned rows
+    lanes -= lanes % 16 if lanes >= 256 else 0
     zero = (probes[0] & 0) + zero_like(flat[:1])
 
     def step(i: jax.Array, packed: jax.Array) -> jax.Array:
         for row in range(_ROWS):
-            keys = _keys_in_slice(flat, (i * _ROWS + row) * lanes, lanes)
-            packed = packed + _pack(keys, probes)
+            begin = (i * _ROWS + row) * lanes
+            packed = packed + _pack_slice(flat, begin, lanes, probes)
         return packed
 
     def panel(i: jax.Array, totals: jax.Array) -> jax.Array:
@@ -178,32 +182,32 @@ def _count_in_chunks(array: jax.Array, probes: jax.Array) -> Count:
         packed = lax.fori_loop(i * steps, (i + 1) * steps, step, packed)
         return totals + _sum_packed(packed)
 
-    totals = jnp.broadcast_to(zero, (PROBES,))
+    tail = _bits_of(flat)[panels * steps * _ROWS * lanes :]
+    tail = _keys_of(tail, flat.dtype)[None]
+    reached = tail >= probes.astype(tail.dtype)[:, None]
+    totals = zero + jnp.sum(reached, axis=1, dtype=jnp.uint32)
     if lanes:
         totals = lax.fori_loop(0, panels, panel, totals)
-    tail = _bits_of(flat)[panels * steps * _ROWS * lanes :]
-    tail = _keys_of(tail, flat.dtype)
-    tail_counts = [jnp.sum(_reaches(tail, probes[j])) for j in range(PROBES)]
-    return counts.as_count(totals + jnp.stack(tail_counts))
+    return counts.as_count(totals)
 
 
-def _reaches(keys: jax.Array, probe: jax.Array) -> jax.Array:
-    """Says as 0 or 1 whether each key is at least the probe."""
-    return (keys >= probe.astype(keys.dtype)).astype(jnp.uint32)
-
-
-def _pack(keys: jax.Array, probes: jax.Array) -> jax.Array:
-    """Sets bit 8 j of a lane where the key is at least probe j."""
-    lanes = _reaches(keys, probes[0])
-    for j in range(1, PROBES):
-        lanes = lanes | (_reaches(keys, probes[j]) << (_BITS * j))
+@functools.partial(jax.jit, static_argnums=2)  # traced once for all rows
+def _pack_slice(
+    flat: jax.Array, begin: jax.Array, size: int, probes: jax.Array
+) -> jax.Array:
+    """Sets the lowest bit of byte j of a lane where the key is at least probe j."""
+    keys = _keys_in_slice(flat, begin, size)
+    lanes = jnp.zeros_like(keys, jnp.uint32)
+    for j in range(PROBES):
+        reached = (keys >= probes[j].astype(keys.dtype)).astype(jnp.uint32)
+        lanes = lanes | (reached << (_BITS * j))
     return lanes
 
 
 def _sum_packed(lanes: jax.Array) -> jax.Array:
     """Adds up each of the four bytes over the lanes."""
-    mask = (1 << _BITS) - 1
-    return jnp.stack([jnp.sum((lanes >> (_BITS * j)) & mask) for j in range(PROBES)])
+    shifts = np.arange(PROBES, dtype=np.uint32)[:, None] * _BITS
+    return jnp.sum((lanes[None] >> shifts) & ((1 << _BITS) - 1), axis=1)
 
 
 def count_ties(array: jax.Array, threshold: jax.Array) -> Count:
@@ -308,39 +312,38 @@ def _bisect(
 def _last_in_chunks(
     array: jax.Array, threshold: jax.Array, need: Count, split: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Finds the index of the last tie to keep: its chunk, then inside the chunk."""
+    """Finds the index of the last tie to keep: walks on, and halves the step there."""
     flat = array.reshape(-1)
     size = flat.size
     chunk = min(_TIE_CHUNK, size)
 
-    def ties_between(start: jax.Array, last: jax.Array) -> jax.Array:
+    def ties_within(start: jax.Array, width: jax.Array) -> jax.Array:
         begin = jnp.minimum(start, size - chunk)
         keys = _keys_in_slice(flat, begin, chunk)
         index = begin + np.arange(chunk, dtype=np.int32)
         ties = (keys == threshold.astype(keys.dtype)) & (index >= start)
-        return jnp.sum(ties & (index <= last), dtype=jnp.uint32)
+        return jnp.sum(ties & (index < start + width), dtype=jnp.uint32)
 
-    def pass_chunk(
+    def walk(
         state: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start, left, _ = state
-        found = ties_between(start, start + (chunk - 1))
+        start, width, left = state
+        found = ties_within(start, width)
         enough = found >= left
-        start = jnp.where(enough, start, start + chunk)
-        return start, jnp.where(enough, left, left - found), enough
+        return (
+            jnp.where(enough, start, start + width),
+            jnp.where(enough, width // 2, width),
+            jnp.where(enough, left, left - found),
+        )
 
-    zero = (need.low & 0).astype(jnp.int32)
     left = counts.clip_to_int(need, size)
-    none = left == 0
-    start, left, found = lax.while_loop(
-        lambda state: split & ~none & (state[0] < size) & ~state[2],
-        pass_chunk,
-        (zero, left, zero > 0),
+    start = (left & 0).astype(jnp.int32)
+    width = jnp.where(split & (left > 0), start + _TIE_CHUNK, 0)
+    last, _, _ = lax.while_loop(
+        lambda state: (state[0] < size) & (state[1] > 0), walk, (start, width, left)
     )
-    high = jnp.where(found, start + (chunk - 1), start)
-    place = _bisect(start, high, lambda last: ties_between(start, last) < left)
-    last = jnp.where(split & (none | found), jnp.where(none, -1, place), size)
-    return _unravel(last, array.shape)
+    last = jnp.where(left > 0, jnp.minimum(last, size), -1)
+    return _unravel(jnp.where(split, last, size), array.shape)
 
 
 def _unravel(index: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:

@@ -347,7 +347,8 @@ def _halves(bracket: _Bracket) -> jax.Array:
     ending = jnp.uint32(0x7FFFFFFF) >> jnp.minimum(differing, 31)
     roundest = bracket.high & ~ending
     first, last = _between(bracket, jnp.array([0.25, 0.75], jnp.float32))
-    return jnp.sort(jnp.stack([first, roundest, roundest + 1, last]))
+    first, last = jnp.minimum(first, roundest), jnp.maximum(last, roundest + 1)
+    return jnp.stack([first, roundest, roundest + 1, last])
 
 
 def _ascend(probes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
