@@ -5,8 +5,8 @@
 
 Every variant starts from the same parameters and sees the same batches as the dense
 model, per seed. Accuracy is that of the file on disk: the artefact is saved, read back
-and evaluated. A run that is killed at any moment continues when it is started again, and
-ends with the same bits.
+and evaluated. A run that is killed at any moment continues when it is started again,
+and ends with the same bits.
 """
 
 import dataclasses
@@ -85,8 +85,9 @@ def claim_folder(config: Config) -> None:
         if before != settings:
             changed = sorted(k for k in settings if before.get(k) != settings[k])
             raise ValueError(
-                f"--out must be a new folder or one of the same options, {str(config.out)!r} "
-                f"was started with other {', '.join(changed)}; choose another --out"
+                f"--out must be a new folder or one of the same options, "
+                f"{str(config.out)!r} was started with other {', '.join(changed)}; "
+                "choose another --out"
             )
     write_atomically(file, json.dumps(settings, indent=2))
 
@@ -103,7 +104,9 @@ def make_loss(apply: models.Apply, teacher: models.Apply | None) -> train.Loss:
 
     def loss(params, batch, teacher_params):
         logits = apply(params, batch["x"])
-        hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        hard = optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, batch["y"]
+        )
         hard = hard.mean()
         if teacher is None:
             return hard, {"loss": hard}
@@ -141,7 +144,9 @@ def make_predict(apply: models.Apply):
     @jax.jit
     def predict(params, batch):
         logits = apply(params, batch["x"])
-        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        loss = optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, batch["y"]
+        )
         return loss, logits.argmax(-1)
 
     return predict
@@ -164,7 +169,9 @@ def ship(variant: Variant, result: train.Result, folder: Path) -> Any:
         jax.tree.leaves(shipped), jax.tree.leaves(result.params), strict=True
     ):
         if not bool(jnp.array_equal(a, b)):
-            raise RuntimeError(f"what {variant.name} ships differs from what it trained")
+            raise RuntimeError(
+                f"what {variant.name} ships differs from what it trained"
+            )
     return shipped
 
 
@@ -199,7 +206,9 @@ class Job:
                 tell(variant, seed, config.steps)
                 continue
             if trainer is None:
-                apply, _ = models.build(self.sizes[variant.is_student], self.data, seed=0)
+                apply, _ = models.build(
+                    self.sizes[variant.is_student], self.data, seed=0
+                )
                 teacher, _ = models.build(self.sizes[False], self.data, seed=0)
                 loss = make_loss(apply, teacher if variant.has_teacher else None)
                 trainer = train.make_trainer(loss, tx, parallel=config.parallel)
@@ -256,7 +265,9 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for key in ("accuracy", "recall", "f1", "loss", "bits_per_character"):
             values = [run[key] for run in runs]
             row[key] = float(np.mean(values))
-            row[f"{key}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            row[f"{key}_std"] = (
+                float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            )
         for key in ("num_params", "nonzero_params", "bytes", "seconds"):
             row[key] = float(np.median([run[key] for run in runs]))
         row["is_harmless"] = variant.is_harmless

@@ -1,9 +1,11 @@
 """Real data as arrays, and batches as a function of (seed, step).
 
-    digits   1,797 images of 8 x 8, inside scikit-learn: the default, nothing to download
-    images   a folder in the Hugging Face parquet layout: columns `img` or `image` (encoded
+    digits   1,797 images of 8 x 8, inside scikit-learn: the default, nothing to
+    download images   a folder in the Hugging Face parquet layout: columns `img` or
+    `image` (encoded
              files) and `label`, files named train-*.parquet and test-*.parquet
-    text     a UTF-8 file, or a folder with one *.txt: the first 90 % train, by character
+    text     a UTF-8 file, or a folder with one *.txt: the first 90 % train, by
+    character
 
 A batch depends on the seed and the step alone, so the state of the iterator is two
 numbers and a resumed run sees what an uninterrupted one would have seen.
@@ -40,7 +42,9 @@ def load(data_dir: Path | None = None, *, length: int = 64) -> Dataset:
     if data_dir is None:
         return digits()
     if not data_dir.exists():
-        raise ValueError(f"data_dir must exist, got {str(data_dir)!r}; leave it out for digits")
+        raise ValueError(
+            f"data_dir must exist, got {str(data_dir)!r}; leave it out for digits"
+        )
     if data_dir.is_dir() and sorted(data_dir.glob("*train*.parquet")):
         return images(data_dir)
     files = [data_dir] if data_dir.is_file() else sorted(data_dir.glob("*.txt"))

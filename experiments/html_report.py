@@ -18,15 +18,16 @@ STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fafaf8;
        max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; }
-.lead { color: #555; margin-top: 0; } .cards { display: flex; flex-wrap: wrap; gap: 1rem; }
-.card { flex: 1 1 15rem; background: #fff; border: 1px solid #e6e4df; border-radius: 10px;
+.lead { color: #555; margin-top: 0; } .cards { display: flex; flex-wrap: wrap; gap:
+1rem; } .card { flex: 1 1 15rem; background: #fff; border: 1px solid #e6e4df;
+border-radius: 10px;
         padding: 1rem 1.2rem; } .card b { font-size: 1.6rem; display: block; }
 .card.bad b { color: #b2182b; }
 table { border-collapse: collapse; width: 100%; background: #fff; font-size: .93rem; }
 th, td { padding: .5rem .6rem; text-align: right; border-bottom: 1px solid #eceae5;
          white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; } th { color: #555; font-weight: 600; }
-tr:first-child td { background: #f4f2ec; } .scroll { overflow-x: auto; }
+th:first-child, td:first-child { text-align: left; } th { color: #555; font-weight: 600;
+} tr:first-child td { background: #f4f2ec; } .scroll { overflow-x: auto; }
 img { width: 100%; border: 1px solid #e6e4df; border-radius: 10px; background: #fff; }
 pre { background: #f1efe9; padding: .8rem 1rem; border-radius: 8px; overflow-x: auto; }
 small, .note { color: #666; }
@@ -129,7 +130,8 @@ def write(
     """Write the page."""
     rows, where = summary["rows"], summary["environment"]
     cards = "".join(
-        f'<div class="card{"" if good else " bad"}"><b>{head}</b>{html.escape(text)}</div>'
+        f'<div class="card{"" if good else " bad"}"><b>{head}</b>'
+        f"{html.escape(text)}</div>"
         for head, text, good in findings(rows)
     )
     command = html.escape(" ".join(["python -m experiments.compress", *arguments]))
@@ -140,19 +142,19 @@ def write(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>One model, compressed seven ways</title><style>{STYLE}</style></head><body>
 <h1>One model, compressed seven ways</h1>
-<p class="lead">{html.escape(summary["data"])}: {html.escape(model)}; {summary["steps"]} steps,
-{summary["seeds"]} seeds. All variants of a seed start from the same parameters and see the
-same batches.</p>
+<p class="lead">{html.escape(summary["data"])}: {html.escape(model)}; {summary["steps"]}
+steps, {summary["seeds"]} seeds. All variants of a seed start from the same parameters
+and see the same batches.</p>
 <div class="cards">{cards}</div>
 <h2>Accuracy against size</h2>
 {_picture(pictures["accuracy_bytes"], "accuracy against bytes on disk")}
-<p class="note">Every point is a file: it was saved, read back and evaluated. Sparse weights
-are stored as they are and shrink by compression; quantized ones are packed.</p>
+<p class="note">Every point is a file: it was saved, read back and evaluated. Sparse
+weights are stored as they are and shrink by compression; quantized ones are packed.</p>
 <h2>All numbers</h2>
 {_table(rows, summary["kind"])}
 <p class="note">Mean ± standard deviation over {summary["seeds"]} seeds on
-{summary["test_examples"]:,} test examples; sizes and times are medians, and the time of a
-seed that compiles includes it.</p>
+{summary["test_examples"]:,} test examples; sizes and times are medians, and the time of
+a seed that compiles includes it.</p>
 <h2>On the way</h2>
 {_picture(pictures["sparsity"], "sparsity against step")}
 <p></p>

@@ -1,7 +1,7 @@
 """Two NNX models as pure functions: a ResNet and a GPT.
 
-`build(config, data, seed=...)` returns `(apply, params)` with `apply(params, x) -> logits`
-and params as nested dicts: what every transformation of jopt takes. Both models
+`build(config, data, seed=...)` returns `(apply, params)` with `apply(params, x) ->
+logits` and params as nested dicts: what every transformation of jopt takes. Both models
 normalise without running statistics, so nothing but params changes in training.
 """
 
@@ -76,11 +76,17 @@ class ResNet(nnx.Module):
                 stride = 2 if stage and not i and not dense else 1
                 blocks.append(
                     Block(
-                        cin, cout, stride=stride, connections=config.connections, rngs=rngs
+                        cin,
+                        cout,
+                        stride=stride,
+                        connections=config.connections,
+                        rngs=rngs,
                     )
                 )
                 cin = cin + cout if dense else cout
-            if dense and stage < 2:  # between dense stages: fewer channels, half the size
+            if (
+                dense and stage < 2
+            ):  # between dense stages: fewer channels, half the size
                 transitions.append(
                     nnx.Conv(cin, cout, (1, 1), strides=2, use_bias=False, rngs=rngs)
                 )
@@ -145,13 +151,17 @@ def build(config: ModelConfig, data: Dataset, *, seed: int) -> tuple[Apply, Any]
     rngs = nnx.Rngs(seed)
     if config.kind == "gpt":
         if data.kind != "text":
-            raise ValueError(f"model gpt needs a text, got data {data.name!r}; use resnet")
+            raise ValueError(
+                f"model gpt needs a text, got data {data.name!r}; use resnet"
+            )
         model: nnx.Module = GPT(
             config, classes=data.num_classes, length=data.length, rngs=rngs
         )
     else:
         if data.kind != "images":
-            raise ValueError(f"model resnet needs images, got data {data.name!r}; use gpt")
+            raise ValueError(
+                f"model resnet needs images, got data {data.name!r}; use gpt"
+            )
         channels = data.train["x"].shape[-1]
         model = ResNet(config, channels=channels, classes=data.num_classes, rngs=rngs)
     graph, state = nnx.split(model, nnx.Param)

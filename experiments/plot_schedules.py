@@ -1,6 +1,6 @@
 """A picture of every schedule, for the documentation.
 
-    python -m experiments.plot_schedules --out docs/schedules.png
+python -m experiments.plot_schedules --out docs/schedules.png
 """
 
 import dataclasses
@@ -40,17 +40,29 @@ def panels():
         },
         "warmup_stable_decay, by cooldown": {
             cooldown: s.warmup_stable_decay(
-                1.0, warmup_steps=20, stable_steps=100, decay_steps=60, cooldown=cooldown
+                1.0,
+                warmup_steps=20,
+                stable_steps=100,
+                decay_steps=60,
+                cooldown=cooldown,
             )
             for cooldown in ("linear", "cosine", "1-sqrt")
         },
         "bits": {
-            "stepwise_bits({0: 8, 70: 6, 140: 4})": s.stepwise_bits({0: 8, 70: 6, 140: 4}),
-            "gradual_bits(8, 2, ...)": s.gradual_bits(8, 2, begin_step=20, end_step=150),
+            "stepwise_bits({0: 8, 70: 6, 140: 4})": s.stepwise_bits(
+                {0: 8, 70: 6, 140: 4}
+            ),
+            "gradual_bits(8, 2, ...)": s.gradual_bits(
+                8, 2, begin_step=20, end_step=150
+            ),
         },
         "temperature": {
-            "temperature(8, 1, ...)": s.temperature(8.0, 1.0, begin_step=20, end_step=150),
-            "temperature(1, 4, ...)": s.temperature(1.0, 4.0, begin_step=20, end_step=150),
+            "temperature(8, 1, ...)": s.temperature(
+                8.0, 1.0, begin_step=20, end_step=150
+            ),
+            "temperature(1, 4, ...)": s.temperature(
+                1.0, 4.0, begin_step=20, end_step=150
+            ),
         },
     }
 

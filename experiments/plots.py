@@ -1,4 +1,4 @@
-"""The pictures of the main job: accuracy against bytes, sparsity and loss against step."""
+"""The pictures of the main job: accuracy and bytes, sparsity and loss by step."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ def accuracy_against_bytes(rows: list[dict[str, Any]]) -> plt.Figure:
             color=COLORS[row["name"]],
             label=row["label"],
         )
-    axis.axhline(100 * rows[0]["accuracy"] - 1, color="#999999", linestyle=":", zorder=0)
+    axis.axhline(
+        100 * rows[0]["accuracy"] - 1, color="#999999", linestyle=":", zorder=0
+    )
     axis.annotate(
         "one point below dense",
         (1, 100 * rows[0]["accuracy"] - 1),
@@ -93,7 +95,9 @@ def draw_all(
     """Write the PNG files and return them by name."""
     figures = {
         "accuracy_bytes": accuracy_against_bytes(rows),
-        "sparsity": curves(out, variants, "sparsity", "Zeros among the weights, seed 0"),
+        "sparsity": curves(
+            out, variants, "sparsity", "Zeros among the weights, seed 0"
+        ),
         "loss": curves(out, variants, "loss", "Training loss, seed 0"),
     }
     files = {}

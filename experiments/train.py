@@ -1,4 +1,5 @@
-"""One training loop: any model, any Optax transformation, any loss, one or many devices.
+"""One training loop: any model, any Optax transformation, any loss, one or many
+devices.
 
     grads -> tx.update -> optax.apply_updates
 
@@ -9,9 +10,9 @@ jitted, params and state donated, data-parallel over all devices in one of three
     pmap       the same with a leading device axis
 
 They agree up to the order of sums. Every `save_every` steps params, state, step and the
-seconds spent are one checkpoint; a run that was killed goes on from the newest intact one
-and ends with the same bits, because batches are a function of the step. Metrics go to a
-JSONL file (cut back to the checkpoint on resume) and to TensorBoard.
+seconds spent are one checkpoint; a run that was killed goes on from the newest intact
+one and ends with the same bits, because batches are a function of the step. Metrics go
+to a JSONL file (cut back to the checkpoint on resume) and to TensorBoard.
 """
 
 import dataclasses

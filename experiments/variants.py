@@ -1,4 +1,5 @@
-"""What the main job compares: each variant is an Optax transformation and a file format.
+"""What the main job compares: each variant is an Optax transformation and a file
+format.
 
 Everything that a variant does to parameters is in its `make_tx`, one expression of jopt
 around the same AdamW; the loss, the loop and the data are those of the dense model.
@@ -46,7 +47,9 @@ def gradually(sparsity: float) -> Callable[[int, float], optax.GradientTransform
 
     def make_tx(steps: int, rate: float) -> optax.GradientTransformation:
         begin, end = steps // 10, max(6 * steps // 10, steps // 10 + 1)
-        ramp = jopt.schedules.cubic_sparsity(0.0, sparsity, begin_step=begin, end_step=end)
+        ramp = jopt.schedules.cubic_sparsity(
+            0.0, sparsity, begin_step=begin, end_step=end
+        )
         return jopt.prune(
             adamw(steps, rate),
             sparsity=ramp,
@@ -71,7 +74,9 @@ def two_of_four(steps: int, rate: float) -> optax.GradientTransformation:
     )
 
 
-def on_grid(spec: jopt.QuantSpec) -> Callable[[int, float], optax.GradientTransformation]:
+def on_grid(
+    spec: jopt.QuantSpec,
+) -> Callable[[int, float], optax.GradientTransformation]:
     """Train on the quantized grid from a quarter of the run on."""
     return lambda steps, rate: jopt.quantize_weights(
         adamw(steps, rate), spec, begin_step=steps // 4

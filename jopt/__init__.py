@@ -11,7 +11,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
                   formats, QuantSpec, QuantizedArray, fake_quantize
     many leaves   matching, report, save, restore, steps
-    an update     project, prune, quantize_weights, get_masks, apply_masks, update_masks,
+    an update     project, prune, quantize_weights, get_masks, apply_masks,
+    update_masks,
                   get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize

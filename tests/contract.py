@@ -1,6 +1,8 @@
-"""Every transformation that the contract suite covers, and what its params must satisfy.
+"""Every transformation that the contract suite covers, and what its params must
+satisfy.
 
-A new wrapper gets a line in `WRAPPERS`; the tests in test_contract*.py take it from here.
+A new wrapper gets a line in `WRAPPERS`; the tests in test_contract*.py take it from
+here.
 """
 
 import jax
@@ -17,9 +19,11 @@ INT4 = jopt.QuantSpec(jopt.formats.int4, group_size=4)
 def quarter_grid(latent):
     """Snap to multiples of a quarter, a projection without memory."""
     return jax.tree.map(
-        lambda x: (jnp.round(x * 4) / 4).astype(x.dtype)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-        else x,
+        lambda x: (
+            (jnp.round(x * 4) / 4).astype(x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x
+        ),
         latent,
     )
 
@@ -69,7 +73,8 @@ WRAPPERS = {
         jopt.quantize_weights(inner, INT8), sparsity=0.5
     ),
 }
-# Wrappers whose params hold exact zeros, and how many of each 8 x 16 leaf after 6 steps.
+# Wrappers whose params hold exact zeros, and how many of each 8 x 16 leaf after 6
+# steps.
 HALF = 64
 ZEROS = {
     "prune": HALF,

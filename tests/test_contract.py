@@ -86,9 +86,7 @@ def test_keeps_dtypes_of_half_precision_params(name, dtype):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
     params, state = contract.train(tx, contract.make_params(dtype), num_steps=2)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-    updates, _ = jax.eval_shape(
-        tx.update, contract.make_grads(params), state, params
-    )
+    updates, _ = jax.eval_shape(tx.update, contract.make_grads(params), state, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     if name in contract.ZEROS and name != "prune_ramp":
         for module in ("dense", "head"):
@@ -104,9 +102,9 @@ COMBINATORS = {
     "masked": lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda x: True, p)),
     "partition": lambda tx: optax.partition(
         {"a": tx, "b": optax.sgd(1e-2)},
-        lambda p: {"dense": "a", "head": {"kernel": "b"}}
-        if isinstance(p, dict)
-        else "a",
+        lambda p: (
+            {"dense": "a", "head": {"kernel": "b"}} if isinstance(p, dict) else "a"
+        ),
     ),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 2),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
@@ -225,7 +223,10 @@ def test_vmapped_ensemble(name):
     if name == "prune_host":
         pytest.skip("a host call is outside of vmap")
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
-    members = [contract.make_params(), jax.tree.map(lambda x: -2 * x, contract.make_params())]
+    members = [
+        contract.make_params(),
+        jax.tree.map(lambda x: -2 * x, contract.make_params()),
+    ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
 
     def two_steps(params):
@@ -238,5 +239,7 @@ def test_vmapped_ensemble(name):
     together = jax.jit(jax.vmap(two_steps))(stacked)
     alone = [jax.jit(two_steps)(member) for member in members]
     for i, member in enumerate(alone):
-        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(member), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(together), jax.tree.leaves(member), strict=True
+        ):
             np.testing.assert_allclose(a[i], b, rtol=2e-6, atol=1e-6)

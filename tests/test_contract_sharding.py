@@ -85,9 +85,9 @@ def test_pmap_with_an_axis_name(name):
     grads = jax.tree.map(lambda x: jnp.stack([x] * 8), contract.make_grads(params))
     state = jax.pmap(tx.init)(copies)
     together, _ = jax.pmap(step, axis_name="batch")(copies, state, grads)
-    alone, _ = jax.jit(
-        lambda p, s, g: step_alone(tx, p, s, g)
-    )(params, tx.init(params), contract.make_grads(params))
+    alone, _ = jax.jit(lambda p, s, g: step_alone(tx, p, s, g))(
+        params, tx.init(params), contract.make_grads(params)
+    )
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         for copy in np.asarray(a):
             np.testing.assert_allclose(copy, b, rtol=1e-6, atol=1e-7)

@@ -96,7 +96,7 @@ def test_stacked_layers_are_ranked_each_by_itself(axis):
     layers = jnp.stack([KERNEL, 10 * KERNEL, 100 * KERNEL], axis=axis)
     tx = jopt.prune(optax.sgd(0.0), sparsity=0.75, stacked_axes={"layers": axis})
     params = {"layers": layers, "head": KERNEL}
-    updates, state = jax.jit(tx.update)(
+    _, state = jax.jit(tx.update)(
         jax.tree.map(jnp.zeros_like, params), tx.init(params), params
     )
     masks = jopt.get_masks(state)
@@ -108,7 +108,11 @@ def test_stacked_layers_are_ranked_each_by_itself(axis):
 
 def test_stacked_layers_keep_scales_of_their_own():
     layers = jnp.stack([KERNEL, 100 * KERNEL])
-    for spec in (contract.INT8, contract.INT4, jopt.QuantSpec(jopt.formats.int8, axis=())):
+    for spec in (
+        contract.INT8,
+        contract.INT4,
+        jopt.QuantSpec(jopt.formats.int8, axis=()),
+    ):
         tx = jopt.quantize_weights(optax.sgd(0.0), spec, stacked_axes={"layers": 0})
         params = {"layers": layers}
         updates, state = tx.update({"layers": 0 * layers}, tx.init(params), params)

@@ -1,4 +1,4 @@
-"""Imports point down: arrays -> trees -> programs -> updates -> techniques -> planning."""
+"""Imports point down: arrays, trees, programs, updates, techniques, planning."""
 
 import ast
 from pathlib import Path
@@ -61,7 +61,9 @@ def test_no_import_cycles():
     for file in FILES:
         name = ".".join(("jopt", *file.relative_to(ROOT).with_suffix("").parts))
         tree = ast.parse(file.read_text())
-        edges[name] = {m for _, full in imported(tree) for m in (full, full.rpartition(".")[0])}
+        edges[name] = {
+            m for _, full in imported(tree) for m in (full, full.rpartition(".")[0])
+        }
     edges = {k: (v & edges.keys()) - {k} for k, v in edges.items()}
     done, path = set(), []
 

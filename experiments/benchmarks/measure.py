@@ -19,7 +19,9 @@ def hardware() -> dict[str, Any]:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
+        names = [
+            s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")
+        ]
         model = names[0].split(":", 1)[1].strip() if names else model
     return {
         "date": datetime.date.today().isoformat(),

@@ -26,9 +26,8 @@ class Threshold(NamedTuple):
 def find_threshold(scores: Sequence[jax.Array], k: Count) -> Threshold:
     """Find the key that divides the k largest scores of all arrays from the others.
 
-    >>> import jax.numpy as jnp
-import numpy as np
-    >>> found = find_threshold([jnp.array([1.0, 2.0]), jnp.array([2.0])], counts.as_count(1))
+    >>> scores = [jnp.array([1.0, 2.0]), jnp.array([2.0])]
+    >>> found = find_threshold(scores, counts.as_count(1))
     >>> int(found.need.low)
     1
     """

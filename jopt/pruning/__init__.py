@@ -1,8 +1,8 @@
 """Pruning: which weights are zero, and keeping them so.
 
-Reading order: `scores` (how much each weight is worth), `allocation` (how many each leaf
-keeps), `masks` (scores to masks for many leaves), `state` (what the wrapper remembers, and how
-to read it), `prune` (the optimizer wrapper).
+Reading order: `scores` (how much each weight is worth), `allocation` (how many each
+leaf keeps), `masks` (scores to masks for many leaves), `state` (what the wrapper
+remembers, and how to read it), `prune` (the optimizer wrapper).
 """
 
 from jopt.pruning import allocation as allocation

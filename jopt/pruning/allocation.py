@@ -2,8 +2,8 @@
 
 An allocation is a function `(units, sparsity) -> kept`. A unit is what lives and dies
 together: a weight, a block or a channel. `units` is a list of `Units`, layers of one
-shape each; `kept` has one `Count` of shape [layers] for each of them, and the sum over all
-is the count asked for.
+shape each; `kept` has one `Count` of shape [layers] for each of them, and the sum over
+all is the count asked for.
 """
 
 from collections.abc import Callable, Sequence

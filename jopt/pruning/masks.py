@@ -1,28 +1,31 @@
 """Scores to masks for many leaves at once, without code for every leaf.
 
 Per layer: scores -> one score per unit of the pattern (a weight, a block, a channel) ->
-how many units stay (allocation) -> the exact top k -> the packed mask. The search for the
-k-th largest is what is large to compile, so the layers of leaves of one shape are stacked
-and searched by one loop: code grows with the number of shapes, not of leaves. Stacking
-takes a copy of the scores; lots are cut at `_LOT_SIZE` scores to bound it.
+how many units stay (allocation) -> the exact top k -> the packed mask. The search for
+the k-th largest is what is large to compile, so the layers of leaves of one shape are
+stacked and searched by one loop, and small layers of any shape are padded to one size:
+code grows with the number of large shapes, not of leaves. Stacking takes a copy of the
+scores; lots are cut at `_LOT_SIZE` scores to bound it.
 
-`in_one_program` does all leaves inside the caller's program; `leaf_by_leaf` runs outside
-of jit, stacks nothing and compiles one small program per shape.
+`in_one_program` does all leaves inside the caller's program; `leaf_by_leaf` runs
+outside of jit, stacks nothing and compiles one small program per shape.
 """
 
-from collections.abc import Callable, Sequence
+import bisect
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.arrays import counts, packing, patterns, selection, thresholds
+from jopt.arrays import counts, packing, patterns, scans, selection, thresholds
 from jopt.arrays.counts import Count
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.scores import Score
 
 _LOT_SIZE = 1 << 25
+_TIERS = (1 << 10, 1 << 13, 1 << 16)  # sizes up to which small layers are padded
 
 
 class Recipe(NamedTuple):
@@ -52,7 +55,8 @@ class Leaf(NamedTuple):
 def full_mask(param: jax.Array) -> jax.Array:
     """Return the mask that keeps all of `param`, sharded alike, packed where possible.
 
-    A last axis that an explicit mesh splits into pieces that 8 does not divide stays bool.
+    A last axis that an explicit mesh splits into pieces that 8 does not divide stays
+    bool.
     """
     mask = jnp.ones_like(param, jnp.bool_)
     sharding = jax.typeof(mask).sharding
@@ -75,7 +79,7 @@ def in_one_program(
     lots = _lots(scored)
     stacked = [_stack([scored[i] for i in lot]) for lot in lots]
     masks, num_nonfinite = _masks(
-        stacked, lots, [s.shape[0] for s in scored], recipe, count, lambda f: f
+        stacked, lots, [s.shape[0] for s in scored], recipe, count, {}
     )
     packed: list[Any] = [None] * len(leaves)
     for lot, mask in zip(lots, masks, strict=True):
@@ -83,9 +87,7 @@ def in_one_program(
         for i in lot:
             stop = start + scored[i].shape[0]
             leaf = leaves[i]
-            packed[i] = pack_layers(
-                mask[start:stop], leaf.stacked_axis, leaf.is_packed
-            )
+            packed[i] = pack_layers(mask[start:stop], leaf.stacked_axis, leaf.is_packed)
             start = stop
     return packed, num_nonfinite
 
@@ -97,7 +99,7 @@ def leaf_by_leaf(
     scored = [_jit_layer_scores(*leaf[:5], recipe.score) for leaf in leaves]
     lots = [[i] for i in range(len(leaves))]
     masks, num_nonfinite = _masks(
-        scored, lots, [s.shape[0] for s in scored], recipe, count, _COMPILED.__getitem__
+        scored, lots, [s.shape[0] for s in scored], recipe, count, _COMPILED
     )
     packed = [
         _jit_pack_layers(mask, leaf.stacked_axis, leaf.is_packed)
@@ -116,17 +118,27 @@ def layer_scores(
 ) -> jax.Array:
     """Score a leaf: shape [layers, ...], NaN where not finite.
 
-    A NaN ranks below every number, so what cannot be made zero is given up first and does
-    not take the place of a weight that can be kept.
+    A NaN ranks below every number, so what cannot be made zero is given up first and
+    does not take the place of a weight that can be kept.
     """
-    scores = score.scores(param, grad, score_state, key)
+    try:
+        scores = score.scores(param, grad, score_state, key)
+    except (TypeError, AttributeError) as error:
+        if grad is not None:
+            raise
+        raise ValueError(
+            "grads must be given for scores that read them, got None; "
+            "call jopt.update_masks(pruned, state, params, grads=grads)"
+        ) from error
     if scores.shape != param.shape:
         raise ValueError(
             f"scores must return one score per weight, shape {param.shape}, got "
             f"{scores.shape}; a pattern reduces over blocks or channels"
         )
     scores = jnp.where(jnp.isfinite(scores), scores, jnp.nan)
-    return scores[None] if stacked_axis is None else jnp.moveaxis(scores, stacked_axis, 0)
+    return (
+        scores[None] if stacked_axis is None else jnp.moveaxis(scores, stacked_axis, 0)
+    )
 
 
 def pack_layers(
@@ -143,31 +155,54 @@ def _masks(
     num_layers: Sequence[int],
     recipe: Recipe,
     count: jax.Array,
-    wrap: Callable[[Any], Any],
+    compiled: Mapping[Any, Any],
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Turn stacked scores [layers, ...] into masks of the same shapes."""
+    """Turn stacked scores [layers, ...] into masks of the same shapes.
+
+    `compiled` has the jitted form of steps that are to be programs of their own.
+    """
+
+    def own(step: Any) -> Any:
+        return compiled.get(step, step)
+
     pattern = recipe.pattern
-    bad = [wrap(_count_nan)(scores) for scores in stacked]
-    num_nonfinite = sum(bad, jnp.zeros([], jnp.int32))
+    # Together where that saves code, one by one where programs are to be shared.
+    lists = [[scores] for scores in stacked] if compiled else [list(stacked)]
+    num_nonfinite = sum(map(own(_count_nan), lists), jnp.zeros([], jnp.int32))
     if isinstance(pattern, patterns.NM):
-        return [wrap(_nm_masks)(scores, pattern) for scores in stacked], num_nonfinite
-    pooled = [wrap(_pool)(scores, pattern) for scores in stacked]
+        return [own(_nm_masks)(scores, pattern) for scores in stacked], num_nonfinite
+    pooled = [own(_pool)(scores, pattern) for scores in stacked]
     first = [sum(num_layers[:i]) for i in range(len(num_layers))]
     units = [
         Units(scores, tuple(first[i] + j for i in lot for j in range(num_layers[i])))
         for scores, lot in zip(pooled, lots, strict=True)
     ]
     kept = recipe.allocation(units, recipe.sparsity_at(count))
-    masks = [wrap(_top_k)(u.scores, k) for u, k in zip(units, kept, strict=True)]
+    if compiled:
+        masks = [own(_top_k)(u, k) for u, k in zip(pooled, kept, strict=True)]
+    else:
+        masks = _top_k_together(pooled, kept)
     return [
-        wrap(_spread)(mask, pattern, scores.shape[1:])
+        own(_spread)(mask, pattern, scores.shape[1:])
         for mask, scores in zip(masks, stacked, strict=True)
     ], num_nonfinite
 
 
-def _count_nan(scores: jax.Array) -> jax.Array:
-    numbers = counts.clip_to_int(thresholds.count_numbers(scores), scores.size)
-    return (scores.size - numbers).astype(jnp.int32)
+def _count_nan(stacked: Sequence[jax.Array]) -> jax.Array:
+    """Count the NaN of all arrays; small ones are counted as one."""
+    small = [x for x in stacked if _is_small(x)]
+    large = [x for x in stacked if not _is_small(x)]
+    joined = [jnp.concatenate([x.reshape(-1) for x in small])] if small else []
+    total = jnp.zeros([], jnp.int32)
+    for scores in joined + large:
+        numbers = counts.clip_to_int(thresholds.count_numbers(scores), scores.size)
+        total += (scores.size - numbers).astype(jnp.int32)
+    return total
+
+
+def _is_small(scores: jax.Array) -> bool:
+    """Tell whether the layers [layers, ...] may be flattened and padded cheaply."""
+    return scores[0].size <= _TIERS[-1] and not scans.is_sharded(scores)
 
 
 def _pool(scores: jax.Array, pattern: patterns.Pattern) -> jax.Array:
@@ -187,12 +222,57 @@ def _nm_masks(scores: jax.Array, pattern: patterns.NM) -> jax.Array:
 def _top_k(units: jax.Array, kept: Count) -> jax.Array:
     """Mask the top `kept` units of each layer, one layer after another.
 
-    A loop and not `vmap`: under `vmap` every search would run until the slowest is done.
+    A loop and not `vmap`: under `vmap` every search would run until the slowest is
+    done.
     """
     if units.shape[0] == 1:
         first = Count(*(limb[0] for limb in kept))
         return selection.top_k_mask(units[0], first)[None]
     return jax.lax.map(lambda x: selection.top_k_mask(*x), (units, kept))
+
+
+def _top_k_together(
+    units: Sequence[jax.Array], kept: Sequence[Count]
+) -> list[jax.Array]:
+    """Run `_top_k` on every array, on the small ones of similar size by one loop."""
+    masks: list[Any] = [None] * len(units)
+    tiers: dict[int, list[int]] = {}
+    for i, u in enumerate(units):
+        if _is_small(u):
+            tiers.setdefault(bisect.bisect_left(_TIERS, u[0].size), []).append(i)
+        else:
+            masks[i] = _top_k(u, kept[i])
+    for tier in tiers.values():
+        found = _top_k_padded([units[i] for i in tier], [kept[i] for i in tier])
+        for i, mask in zip(tier, found, strict=True):
+            masks[i] = mask
+    return masks
+
+
+def _top_k_padded(units: Sequence[jax.Array], kept: Sequence[Count]) -> list[jax.Array]:
+    """Run `_top_k` once on arrays of several shapes, flattened and padded.
+
+    The padding is NaN and comes last, so it loses every comparison and every tie, and
+    the masks of what was there are the same.
+    """
+    if len(units) == 1:
+        return [_top_k(units[0], kept[0])]
+    width = max(u[0].size for u in units)
+    dtype = jnp.result_type(*(u.dtype for u in units))
+    rows = []
+    for u in units:
+        flat = u.reshape(u.shape[0], -1).astype(dtype)
+        room = ((0, 0), (0, width - flat.shape[1]))
+        rows.append(jnp.pad(flat, room, constant_values=jnp.nan))
+    together = _top_k(
+        jnp.concatenate(rows), jax.tree.map(lambda *k: jnp.concatenate(k), *kept)
+    )
+    masks, start = [], 0
+    for u in units:
+        rows_of_u = together[start : start + u.shape[0], : u[0].size]
+        masks.append(rows_of_u.reshape(u.shape))
+        start += u.shape[0]
+    return masks
 
 
 def _lots(scored: Sequence[jax.Array]) -> list[list[int]]:

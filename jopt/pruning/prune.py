@@ -64,17 +64,19 @@ def prune(
         scores: `(param, grad) -> scores` on a leaf, higher = keep, or a
             `jopt.scores.Score`.
         pattern: which weights live and die together.
-        select: which leaves are pruned: a predicate `(path, leaf) -> bool`, a bool tree,
+        select: which leaves are pruned: a predicate `(path, leaf) -> bool`, a bool
+        tree,
             `jopt.matching(...)`; None for float leaves with at least two axes, stacked
             ones not counted.
         allocation: how many weights each leaf keeps: `jopt.allocation.uniform` or
             `.global_ranking`.
-        stacked_axes: which axis stacks layers (scan over layers): an int for all selected
+        stacked_axes: which axis stacks layers (scan over layers): an int for all
+        selected
             leaves or ordered rules `{pattern: axis}`. Stacked leaves are ranked per
             layer, and `pattern` sees one layer.
         update: "step" computes masks inside the update; "host" leaves that to
-            `jopt.update_masks` between steps: less to compile and no temporary memory in
-            the training step.
+            `jopt.update_masks` between steps: less to compile and no temporary memory
+            in the training step.
         key: a PRNG key for scores that need one.
 
     Returns:
@@ -106,6 +108,7 @@ def prune(
     recipe = masks.Recipe(sparsity, score, pattern, allocation)
 
     def init(params: optax.Params) -> PruneState:
+        treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         stacks = rules.stacked_axis_of(stacked_axes, params)
         chosen = rules.select_leaves(select, params, stacked_axes=stacked_axes)
@@ -113,7 +116,9 @@ def prune(
             leaves, paths.leaf_paths(params), stacks, chosen, strict=True
         ):
             if c:
-                patterns.check_pattern(pattern, masks.layer_shape(leaf, axis), path=path)
+                patterns.check_pattern(
+                    pattern, masks.layer_shape(leaf, axis), path=path
+                )
         return PruneState(
             count=jnp.zeros([], jnp.int32),
             masks=_tree_of(masks.full_mask, leaves, chosen, treedef),
@@ -148,6 +153,7 @@ def prune(
             updates, state.inner_state, params, **extra_args
         )
         state = state._replace(score_state=_remember(score, state, params, updates))
+        treedef: Any
         packed, treedef = jax.tree.flatten(state.masks)
         num_nonfinite = state.num_nonfinite
         if update == "step" and packed:
@@ -185,7 +191,7 @@ def prune(
         packed, num_nonfinite = masks.leaf_by_leaf(
             gather(state, params, grads), recipe, state.count
         )
-        treedef = jax.tree.structure(state.masks)
+        treedef: Any = jax.tree.structure(state.masks)
         return state._replace(
             masks=treedef.unflatten(packed), num_nonfinite=num_nonfinite
         )
@@ -212,7 +218,9 @@ def _placed_as(old: Any, new: Any) -> Any:
     def place(a: jax.Array, b: jax.Array) -> jax.Array:
         sharding = jax.typeof(a).sharding
         fits = sharding.mesh.empty or sharding == jax.typeof(b).sharding
-        return b if fits else jax.sharding.reshard(b, sharding)
+        if fits:
+            return b
+        return jax.sharding.reshard(b, sharding)  # type: ignore[no-untyped-call]
 
     return jax.tree.map(place, old, new)
 
@@ -245,6 +253,7 @@ def _selected_leaves(
     random: bool,
 ) -> list[masks.Leaf]:
     """Gather what a mask is computed from, for the selected leaves in order."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     packed = treedef.flatten_up_to(state.masks)
     memory = treedef.flatten_up_to(state.score_state)
@@ -296,8 +305,8 @@ def _check(
             )
     elif sparsity is None:
         raise ValueError(
-            f"sparsity must be given for {pattern}, got None; a fraction in [0, 1] or a "
-            "schedule such as jopt.schedules.cubic_sparsity"
+            f"sparsity must be given for {pattern}, got None; a fraction in [0, 1] or "
+            "a schedule such as jopt.schedules.cubic_sparsity"
         )
     if isinstance(sparsity, int | float) and not 0.0 <= sparsity <= 1.0:
         raise ValueError(

@@ -5,9 +5,9 @@ criterion of your own is such a function, passed by value:
 
     jopt.prune(inner, sparsity=0.9, scores=lambda param, grad: jnp.abs(param * grad))
 
-A criterion with memory or randomness is a `Score`: three functions on one leaf. Both see
-the params and gradients that enter the step. Next: `allocation`, how many weights each
-leaf gives.
+A criterion with memory or randomness is a `Score`: three functions on one leaf. Both
+see the params and gradients that enter the step. Next: `allocation`, how many weights
+each leaf gives.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,14 @@ class Score(NamedTuple):
     """A criterion with memory: functions on one leaf.
 
     `init(param) -> state`; `update(param, grad, state) -> state`, called on every step;
-    `scores(param, grad, state, key) -> scores`, called when the mask is recomputed, with
-    a key folded from the leaf's path and the count; `random` says that the key is used.
+    `scores(param, grad, state, key) -> scores`, called when the mask is recomputed,
+    with a key folded from the leaf's path and the count; `random` says that the key is
+    used.
     """
 
     init: Callable[[jax.Array], Any]
     update: Callable[[jax.Array, jax.Array, Any], Any]
-    scores: Callable[[jax.Array, jax.Array, Any, jax.Array], jax.Array]
+    scores: Callable[[jax.Array, Any, Any, jax.Array], jax.Array]
     random: bool = False
 
 
@@ -83,8 +84,8 @@ def saliency(param: jax.Array, grad: jax.Array) -> jax.Array:
 def random() -> Score:
     """Score by independent uniform numbers, new ones at each mask update.
 
-    `jopt.prune` needs a `key=`, which it folds with the leaf's path and the count: another
-    layer in the model does not reshuffle this one.
+    `jopt.prune` needs a `key=`, which it folds with the leaf's path and the count:
+    another layer in the model does not reshuffle this one.
 
     >>> import jax, jax.numpy as jnp
     >>> w = jnp.zeros(2)

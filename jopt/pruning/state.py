@@ -15,7 +15,8 @@ from jopt.updates.states import is_masked_node
 class PruneState(NamedTuple):
     """State of `prune`."""
 
-    count: jax.Array  # shape=(), dtype=int32: updates so far
+    # NamedTuple has a method of this name, but Optax and its tools expect the field.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), int32: updates so far
     masks: Any  # as params; packed uint8 (1 bit per weight) or bool; else MaskedNode()
     score_state: Any  # as params; of the score; MaskedNode() where not selected
     key: jax.Array  # shape=(), a PRNG key, folded per leaf path and count
@@ -23,7 +24,7 @@ class PruneState(NamedTuple):
     inner_state: optax.OptState
 
 
-class HostPruned(optax.GradientTransformationExtraArgs):
+class HostPruned(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     """What `prune(..., update="host")` returns; `update_masks` reads its `refresh`."""
 
     refresh: Callable[..., PruneState]
@@ -119,9 +120,9 @@ def get_masks(state: optax.OptState) -> Any:
 def apply_masks(params: optax.Params, masks: Any) -> optax.Params:
     """Set params to zero where the mask is False.
 
-    For params that did not come out of `apply_updates`: averages kept inside an optimizer
-    (EMA, lookahead, schedule-free evaluation params) or restored dense weights. Unlike an
-    update it also removes NaN and inf.
+    For params that did not come out of `apply_updates`: averages kept inside an
+    optimizer (EMA, lookahead, schedule-free evaluation params) or restored dense
+    weights. Unlike an update it also removes NaN and inf.
 
     Args:
         params: any tree of arrays.

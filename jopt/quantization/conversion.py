@@ -29,7 +29,8 @@ def quantize(
             `{pattern: spec or None}`.
         scales: what `jopt.get_scales(state)` returned, to use trained scales; computed
             from the weights when None.
-        select: which leaves of a tree are quantized; None for float leaves with at least
+        select: which leaves of a tree are quantized; None for float leaves with at
+        least
             two axes, stacked ones not counted.
         stacked_axes: which axis stacks layers: an int or rules `{pattern: axis}`; each
             layer keeps scales of its own.
@@ -55,9 +56,8 @@ def quantize(
                 f"got {spec_or_rules!r}"
             )
         return quantize_array(tree, spec_or_rules, scale=scales)
-    specs = resolve_specs(
-        spec_or_rules, tree, select=select, stacked_axes=stacked_axes
-    )
+    specs = resolve_specs(spec_or_rules, tree, select=select, stacked_axes=stacked_axes)
+    treedef: Any
     grids, treedef = jax.tree.flatten(specs, is_leaf=is_masked_node)
     leaves = treedef.flatten_up_to(tree)
     given = [None] * len(leaves) if scales is None else treedef.flatten_up_to(scales)

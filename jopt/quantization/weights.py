@@ -2,58 +2,42 @@
 
     latent' = latent + inner(g),   params = s * round(latent' / s)
 
-by `jopt.project`: the loss is unchanged, gradients taken at the quantized point move the
-latent (straight through), and params *are* the weights that ship. The scales s are
+by `jopt.project`: the loss is unchanged, gradients taken at the quantized point move
+the latent (straight through), and params *are* the weights that ship. The scales s are
 
-    current   recomputed from the latent on every step (its largest magnitude per group);
-    static    computed once, when quantization begins;
+    current   recomputed from the latent on every step (its largest magnitude per
+    group); static    computed once, when quantization begins;
     moving    from an exponential moving average of the range;
-    learned   LSQ: log s follows its gradient, with dq/ds = q/s - w/s inside the range and
+    learned   LSQ: log s follows its gradient, with dq/ds = q/s - w/s inside the range
+    and
               the clipped code outside (Esser et al., arXiv:1902.08153, equation 3).
 
-With static, moving and learned scales a latent may leave the range; its gradient is then
-cut to zero, as the derivative of the clipped grid says.
+With static, moving and learned scales a latent may leave the range; its gradient is
+then cut to zero, as the derivative of the clipped grid says.
 
 Params land exactly on the grid when scales are bfloat16-valued (the default) and the
-format is an integer or float one of at most 8 bits: both params and moves are then small
-multiples of one step. Codebooks of arbitrary reals (nf4) and float32 scales may miss by
-an ulp. `jopt.quantize(params, spec, scales=jopt.get_scales(state))` yields the arrays to
-ship.
+format is an integer or float one of at most 8 bits: both params and moves are then
+small multiples of one step. Codebooks of arbitrary reals (nf4) and float32 scales may
+miss by an ulp. `jopt.quantize(params, spec, scales=jopt.get_scales(state))` yields the
+arrays to ship.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jopt.arrays.quantized import fake_quantize
-from jopt.arrays.scales import (
-    Scale,
-    compute_range,
-    compute_scale,
-    highest_level,
-    sum_groups,
-)
-from jopt.arrays.specs import QuantSpec
+from jopt.arrays.scales import Scale, compute_range, compute_scale
+from jopt.quantization.learned import inside_range, learn
 from jopt.quantization.specs import SpecOrRules, check_trainable, resolve_specs
+from jopt.quantization.state import QuantizeState
 from jopt.trees import rules
 from jopt.updates.project import Projection, ProjectState, project, require_params
-from jopt.updates.states import find_states, is_masked_node, merge_masked
+from jopt.updates.states import is_masked_node, merge_masked
 
 ScaleMode = Literal["current", "static", "moving", "learned"]
-
-
-class QuantizeState(NamedTuple):
-    """Scales in use and what they are made of; `MaskedNode()` where not needed."""
-
-    scale: Any  # as params, of the array's rank, sizes divide: scale_dtype
-    zero_point: Any  # as scale; asymmetric specs only
-    outer_scale: Any  # as scale, float32; nvfp4 only
-    low: Any  # as scale, float32: moving average of the lower end of the range
-    high: Any  # as scale, float32: of the upper end
-    log_scale: Any  # as scale, float32: the natural logarithm that LSQ trains
-    scale_optimizer_state: optax.OptState
 
 
 def quantize_weights(
@@ -73,7 +57,8 @@ def quantize_weights(
     latent' = latent + inner(g),   params = dequantize(quantize(latent'))
 
     Args:
-        inner: any Optax transformation, `jopt.prune` included: zeros stay zeros, because
+        inner: any Optax transformation, `jopt.prune` included: zeros stay zeros,
+        because
             every grid with a zero keeps it.
         spec_or_rules: a `jopt.QuantSpec` for all selected leaves, or ordered rules
             `{pattern: spec or None}`, first match wins, None and no match leave alone.
@@ -98,8 +83,8 @@ def quantize_weights(
             format that is not an integer.
 
     References:
-        Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned Step
-        Size Quantization, arXiv:1902.08153; Bengio et al., arXiv:1308.3432.
+        Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned
+        Step Size Quantization, arXiv:1902.08153; Bengio et al., arXiv:1308.3432.
 
     >>> import jax.numpy as jnp, optax, jopt
     >>> tx = jopt.quantize_weights(optax.sgd(0.1), jopt.QuantSpec(jopt.formats.int4))
@@ -153,65 +138,14 @@ def quantize_weights(
         bits = _bits(bits_schedule, jnp.maximum(state.count - 1, 0))
         if scales != "current":
             on = state.count > begin_step  # the entering params are on the grid
-            inside = _inside_range(updates, state, specs, bits, on)
+            inside = inside_range(updates, state, specs, bits, on)
             if scales == "learned":
-                learned = _learn(updates, inside, state, specs, on, train)
+                learned = learn(updates, inside, state, specs, on, train)
                 state = state._replace(projection_state=learned)
             updates = merge_masked(inside, updates, both=lambda gated, _: gated)
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def get_scales(state: optax.OptState) -> Any:
-    """Read the scales in use out of any optimizer state.
-
-    Args:
-        state: an optimizer state with one or several `quantize_weights` at any depth.
-
-    Returns:
-        A tree like params whose quantized leaves are replaced by a `Scale` (scale, zero
-        point, outer scale), the others by `optax.MaskedNode()`: what
-        `jopt.quantize(params, spec, scales=...)` takes.
-
-    Raises:
-        ValueError: there is no `quantize_weights` in the state.
-
-    >>> import jax.numpy as jnp, optax, jopt
-    >>> tx = jopt.quantize_weights(optax.sgd(0.1), jopt.QuantSpec(jopt.formats.int8))
-    >>> get_scales(tx.init({"w": jnp.full((2, 1), 1.27)}))["w"].scale
-    Array([[0.0100098]], dtype=bfloat16)
-    """
-    found = [
-        s.projection_state
-        for s in find_states(state, ProjectState)
-        if isinstance(s.projection_state, QuantizeState)
-    ]
-    if not found:
-        raise ValueError(
-            "state must hold scales, got a state without jopt.quantize_weights in it; "
-            "pass the state of the transformation that was built with it"
-        )
-    trees = [_scale_tree(s) for s in found]
-    merged = trees[0]
-    for tree in trees[1:]:
-        merged = merge_masked(merged, tree, both=lambda outer, inner: outer)
-    return merged
-
-
-def _scale_tree(state: QuantizeState) -> Any:
-    def scale(s: Any, zero_point: Any, outer_scale: Any) -> Any:
-        if is_masked_node(s):
-            return s
-        return Scale(
-            s,
-            None if is_masked_node(zero_point) else zero_point,
-            None if is_masked_node(outer_scale) else outer_scale,
-        )
-
-    return jax.tree.map(
-        scale, state.scale, state.zero_point, state.outer_scale, is_leaf=is_masked_node
-    )
 
 
 def _bits(schedule: optax.Schedule | None, count: jax.Array) -> Any:
@@ -225,6 +159,7 @@ def _or_hole(x: Any) -> Any:
 def _init(
     latent: optax.Params, specs: Any, mode: ScaleMode, train: Any
 ) -> QuantizeState:
+    treedef: Any
     grids, treedef = jax.tree.flatten(specs)
     ranges = [
         compute_range(w, spec)
@@ -262,6 +197,7 @@ def _snap(
     """Project the latent on the grid of this step's scales."""
     state = _follow(latent, state, count, specs, mode, decay, begin_step)
     bits = _bits(bits_schedule, count)
+    treedef: Any
     grids, treedef = jax.tree.flatten(specs)
     ws = jax.tree.leaves(latent)
     if mode == "learned":
@@ -302,6 +238,7 @@ def _follow(
     """Bring ranges and learned scales up to this step's latent."""
     if mode == "current" or (mode != "moving" and begin_step == 0):
         return state
+    treedef: Any
     grids, treedef = jax.tree.flatten(specs)
     ws = jax.tree.leaves(latent)
 
@@ -328,73 +265,3 @@ def _follow(
             high=jax.tree.map(mix, state.high, new.high),
         )
     return jax.lax.cond(count == begin_step, measure, lambda: state)
-
-
-def _inside_range(
-    updates: optax.Updates, state: ProjectState, specs: Any, bits: Any, on: jax.Array
-) -> Any:
-    """Cut the gradients of latents beyond the range, as the clipped grid's derivative."""
-
-    def cut(spec: Any, w: Any, g: Any, scale: Any) -> Any:
-        if is_masked_node(spec):
-            return spec
-        _, pull = jax.vjp(lambda x: fake_quantize(x, spec, scale=scale, bits=bits), w)
-        (gated,) = pull(g.astype(w.dtype))
-        return jnp.where(on, gated.astype(g.dtype), g)
-
-    return jax.tree.map(
-        cut,
-        specs,
-        state.latent,
-        updates,
-        _scale_tree(state.projection_state),
-        is_leaf=is_masked_node,
-    )
-
-
-def _learn(
-    updates: optax.Updates,
-    inside: Any,
-    state: ProjectState,
-    specs: Any,
-    on: jax.Array,
-    train: optax.GradientTransformation,
-) -> QuantizeState:
-    """Step log s along sum(g * dq/ds) * s / sqrt(N * largest level), as LSQ does."""
-    memory = state.projection_state
-    grads = jax.tree.map(
-        lambda spec, w, g, cut, s: (
-            spec if is_masked_node(spec) else _scale_gradient(w, g, cut, s, spec, on)
-        ),
-        specs,
-        state.latent,
-        updates,
-        inside,
-        memory.scale,
-        is_leaf=is_masked_node,
-    )
-    steps, optimizer_state = train.update(
-        grads, memory.scale_optimizer_state, memory.log_scale
-    )
-    return memory._replace(
-        log_scale=optax.apply_updates(memory.log_scale, steps),
-        scale_optimizer_state=optimizer_state,
-    )
-
-
-def _scale_gradient(
-    w: jax.Array,
-    g: jax.Array,
-    inside: jax.Array,
-    scale: jax.Array,
-    spec: QuantSpec,
-    on: jax.Array,
-) -> jax.Array:
-    """Return d loss / d log s = sum over the group of g q - (g inside) w."""
-    q = fake_quantize(w, spec, scale=Scale(scale, None, None)).astype(jnp.float32)
-    terms = g.astype(jnp.float32) * q - inside.astype(jnp.float32) * w.astype(
-        jnp.float32
-    )
-    total = sum_groups(terms, scale.shape)
-    per_group = w.size // scale.size
-    return jnp.where(on, total / jnp.sqrt(per_group * highest_level(spec)), 0.0)

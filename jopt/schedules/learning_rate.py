@@ -6,6 +6,7 @@ al., MiniCPM, arXiv:2404.06395; Hägele et al., Scaling Laws and Compute-Optimal
 Beyond Fixed Training Durations, arXiv:2405.18392).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -28,7 +29,8 @@ def warmup_stable_decay(
     With u in [0, 1] the part of the cooldown that is done, the value there is
     `end_value + (peak_value - end_value) * f(u)` with
 
-        linear: f = 1 - u      cosine: f = (1 + cos(pi u)) / 2      1-sqrt: f = 1 - sqrt(u)
+        linear: f = 1 - u      cosine: f = (1 + cos(pi u)) / 2      1-sqrt: f = 1 -
+        sqrt(u)
 
     Args:
         peak_value: the value of the plateau.
@@ -55,7 +57,7 @@ def warmup_stable_decay(
     >>> [round(float(schedule(t)), 3) for t in (0, 5, 10, 90, 95, 100, 200)]
     [0.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
     """
-    shapes = {
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "linear": lambda u: 1.0 - u,
         "cosine": lambda u: 0.5 * (1.0 + jnp.cos(jnp.pi * u)),
         "1-sqrt": lambda u: 1.0 - jnp.sqrt(u),

@@ -25,7 +25,7 @@ StackedAxes = int | Rules[int | None] | None
 
 
 def resolve(
-    rules: Rules[Value], tree: Any, *, default: Value | None = None
+    rules: Rules[Value | None], tree: Any, *, default: Value | None = None
 ) -> list[Value | None]:
     """Find the value of every leaf: the one of the first pattern that matches its path.
 

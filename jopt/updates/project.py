@@ -44,7 +44,8 @@ class Projection(NamedTuple):
 class ProjectState(NamedTuple):
     """State of `project`."""
 
-    count: jax.Array  # shape=(), dtype=int32: updates so far
+    # NamedTuple has a method of this name, but Optax and its tools expect the field.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), int32: updates so far
     latent: optax.Params  # as params where selected, else optax.MaskedNode()
     projection_state: Any  # of the projection
     inner_state: optax.OptState
@@ -96,8 +97,8 @@ def project(
         begin_step: count of the first update that projects; before it the updates of
             `inner` pass unchanged.
         select: which leaves are projected: a predicate `(path, leaf) -> bool`, a bool
-            tree or `jopt.matching(...)`; all float leaves when None. The others take the
-            steps of `inner` as they are and cost no latent copy.
+            tree or `jopt.matching(...)`; all float leaves when None. The others take
+            the steps of `inner` as they are and cost no latent copy.
 
     Returns:
         A transformation with one full-size copy of the selected leaves in its state.
@@ -126,7 +127,7 @@ def project(
     select = _every_float_leaf if select is None else select
 
     def init(params: optax.Params) -> ProjectState:
-        treedef = jax.tree.structure(params)
+        treedef: Any = jax.tree.structure(params)
         chosen = rules.select_leaves(select, params)
         # A copy, because params may be donated beside the state.
         latent = jax.tree.map(jnp.copy, select_tree(chosen, params, treedef))
@@ -141,6 +142,7 @@ def project(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectState]:
         require_params(params, "project")
+        treedef: Any
         p, treedef = jax.tree.flatten(params)
         latent = treedef.flatten_up_to(state.latent)
         chosen = [not isinstance(x, optax.MaskedNode) for x in latent]
@@ -149,9 +151,7 @@ def project(
             updates, state.inner_state, treedef.unflatten(seen), **extra_args
         )
         d = treedef.flatten_up_to(steps)
-        moved = optax.apply_updates(
-            state.latent, select_tree(chosen, steps, treedef)
-        )
+        moved = optax.apply_updates(state.latent, select_tree(chosen, steps, treedef))
         target, projection_state = step.update(
             moved, state.projection_state, state.count
         )
@@ -175,7 +175,7 @@ def land(
     count: jax.Array,
     begin_step: int,
 ) -> jax.Array:
-    """Return the update that takes `param` to `target`, or `step` before `begin_step`."""
+    """Return the move from `param` to `target`, or `step` before `begin_step`."""
     move = (target - param).astype(param.dtype)
     if isinstance(begin_step, int) and begin_step <= 0:
         return move

@@ -44,7 +44,7 @@ def seen_params(state: ProjectState, params: optax.Params) -> optax.Params:
 def map_states(
     fn: Callable[[Any, Any], Any],
     state: optax.OptState,
-    kind: type,
+    kind: type[Any],
     *,
     params: optax.Params = None,
 ) -> optax.OptState:

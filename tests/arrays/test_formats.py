@@ -49,6 +49,11 @@ def grid_of(format):
 
 FORMATS = [f for f in vars(formats).values() if isinstance(f, formats.Format)]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=repr)
+# One of each kind and storage, for what does not depend on the numbers themselves.
+KINDS = [formats.int3, formats.int4, formats.int8, formats.uint4, formats.ternary]
+KINDS += [formats.binary, formats.nf4, formats.fp8_e4m3, formats.fp4_e2m1]
+KINDS += [formats.mxfp4, formats.nvfp4]
+every_kind = pytest.mark.parametrize("format", KINDS, ids=repr)
 
 
 def same_bits(actual, expected):
@@ -59,8 +64,9 @@ def same_bits(actual, expected):
 
 def test_there_are_all_formats():
     widths = [f"{sign}int{bits}" for bits in range(2, 9) for sign in ("", "u")]
-    others = "ternary binary fp8_e4m3 fp8_e5m2 nf4 fp4_e2m1 mxfp8 mxfp4 nvfp4".split()
-    assert {f.name for f in FORMATS} == {*widths, *others}
+    floats = ["fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "mxfp8", "mxfp4", "nvfp4"]
+    tables = ["ternary", "binary", "nf4"]
+    assert {f.name for f in FORMATS} == {*widths, *floats, *tables}
     assert all(getattr(formats, f.name) is f for f in FORMATS)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jopt.arrays import formats
 from jopt.arrays.rounding import nearest, round_to_grid, stochastic
-from tests.arrays.test_formats import every_format, grid_of, same_bits
+from tests.arrays.test_formats import every_format, every_kind, grid_of, same_bits
 
 KEY = jax.random.key(0)
 to_grid = jax.jit(round_to_grid, static_argnames=("format", "rounding"))
@@ -71,28 +71,29 @@ def test_the_sign_of_the_smallest_number_counts_in_binary():
     np.testing.assert_array_equal(to_grid(x, formats.binary), [1.0, 1.0, -1.0])
 
 
-@every_format
-def test_nan_stays_nan(format):
-    x = np.float32([np.nan, 0.1])
-    for rounding in (nearest, stochastic):
-        rounded = to_grid(x, format, rounding=rounding, key=KEY)
-        assert np.isnan(rounded[0]) and np.isfinite(rounded[1])
-
-
-@every_format
-def test_infinity_is_the_last_level(format):
-    rounded = to_grid(np.float32([np.inf, -np.inf]), format)
+@every_kind
+def test_nan_stays_nan_and_infinity_is_the_last_level(format):
     levels = levels_from_data(format)
-    np.testing.assert_array_equal(rounded, [levels[-1], levels[0]])
+    for rounding in (nearest, stochastic):
+        x = np.float32([np.nan, np.inf, -np.inf])
+        rounded = to_grid(x, format, rounding=rounding, key=KEY)
+        np.testing.assert_array_equal(rounded, [np.nan, levels[-1], levels[0]])
+
+
+COUNT = 10_000
+draw = jax.jit(
+    lambda x, format: round_to_grid(x, format, rounding=stochastic, key=KEY),
+    static_argnames="format",
+)
 
 
 @every_format
 def test_stochastic_keeps_levels_and_reaches_only_neighbours(format):
     levels = levels_from_data(format)
-    kept = to_grid(np.repeat(levels, 50), format, rounding=stochastic, key=KEY)
-    np.testing.assert_array_equal(kept, np.repeat(levels, 50))
-    x = sample(format)
-    rounded = to_grid(x, format, rounding=stochastic, key=KEY)
+    on_grid = np.resize(levels, (12, COUNT))
+    np.testing.assert_array_equal(draw(on_grid, format), on_grid)
+    x = np.resize(sample(format), (12, COUNT))
+    rounded = draw(x, format)
     inside = x.clip(levels[0], levels[-1])
     above = levels[np.searchsorted(levels, inside, side="left")]
     below = levels[np.searchsorted(levels, inside, side="right") - 1]
@@ -107,10 +108,8 @@ def test_stochastic_is_unbiased(format):
     share = rng.uniform(0.02, 0.98, 12).astype(np.float32)
     gap = levels[lower + 1] - levels[lower]
     x = levels[lower] + share * gap
-    count = 10_000
-    draws = np.broadcast_to(x[:, None], (12, count))
-    mean = np.mean(to_grid(draws, format, rounding=stochastic, key=KEY), axis=1)
-    sigma = gap * np.sqrt(share * (1 - share) / count)
+    mean = np.mean(draw(np.repeat(x, COUNT).reshape(12, COUNT), format), axis=1)
+    sigma = gap * np.sqrt(share * (1 - share) / COUNT)
     assert (np.abs(mean - x) < 5 * sigma).all()
 
 

@@ -20,7 +20,7 @@ from jopt.arrays.scales import (
     sum_groups,
 )
 from jopt.arrays.specs import QuantSpec
-from tests.arrays.test_formats import FORMATS, every_format, same_bits
+from tests.arrays.test_formats import KINDS, every_format, every_kind, same_bits
 
 ranges = jax.jit(compute_range, static_argnames="spec")
 scales = jax.jit(
@@ -194,7 +194,8 @@ def test_a_group_of_zeros_has_scale_one_and_stays_zero(format):
     np.testing.assert_array_equal(round_trip(np.zeros_like(w), spec), 0.0)
 
 
-# Groups of 32 elements, the exponent of the largest of each; below, elements of a group.
+# Groups of 32 elements, the exponent of the largest of each; below, elements of a
+# group.
 EXPONENTS = st.lists(st.floats(-37, 38), min_size=8, max_size=8)
 
 
@@ -229,7 +230,7 @@ def test_a_lone_magnitude_survives(format, magnitude):
     np.testing.assert_allclose(quantized, w, rtol=0.26)  # mxfp4 clips 7.9 to 6
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if f.signed], ids=repr)
+@pytest.mark.parametrize("format", [f for f in KINDS if f.signed], ids=repr)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_largest_number_of_a_dtype_stays_finite(format, dtype):
     largest = float(jnp.finfo(dtype).max)
@@ -239,7 +240,7 @@ def test_the_largest_number_of_a_dtype_stays_finite(format, dtype):
     assert float(quantized[0, 0]) > 0.7 * largest
 
 
-@every_format
+@every_kind
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_group_with_a_number_that_is_none_reads_nan(format, bad):
     w = W.copy()

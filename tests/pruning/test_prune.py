@@ -142,6 +142,15 @@ def test_host_update_needs_its_own_handle_and_one_state():
         jopt.update_masks(pruned, optax.sgd(0.1).init(params), params)
 
 
+def test_host_update_without_the_gradients_that_a_score_reads_raises():
+    pruned = jopt.prune(
+        optax.sgd(0.1), sparsity=0.5, scores=jopt.scores.saliency, update="host"
+    )
+    params = contract.make_params()
+    with pytest.raises(ValueError, match="grads must be given"):
+        jopt.update_masks(pruned, pruned.init(params), params)
+
+
 def test_random_scores_depend_on_key_path_and_count_only():
     def masks_of(key, params):
         tx = jopt.prune(
@@ -291,9 +300,7 @@ def test_shapes_that_do_not_fit_name_the_leaf():
 
 
 def test_rules_that_match_nothing_name_what_is_near():
-    tx = jopt.prune(
-        optax.sgd(0.1), sparsity=0.5, select=jopt.matching("dense/kernal")
-    )
+    tx = jopt.prune(optax.sgd(0.1), sparsity=0.5, select=jopt.matching("dense/kernal"))
     with pytest.raises(ValueError, match="dense/kernel"):
         tx.init(contract.make_params())
     assert tx.init({}).masks == {}

@@ -112,13 +112,28 @@ def test_temperature_moves_by_a_constant_factor():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: schedules.cubic_sparsity(0, 90, end_step=5), "stop must be a fraction"),
-        (lambda: schedules.cubic_sparsity(-0.1, 1, end_step=5), "start must be a fraction"),
+        (
+            lambda: schedules.cubic_sparsity(0, 90, end_step=5),
+            "stop must be a fraction",
+        ),
+        (
+            lambda: schedules.cubic_sparsity(-0.1, 1, end_step=5),
+            "start must be a fraction",
+        ),
         (lambda: schedules.linear_sparsity(0, 1, begin_step=5, end_step=5), "end_step"),
-        (lambda: schedules.linear_sparsity(0, 1, begin_step=-1, end_step=5), "begin_step"),
-        (lambda: schedules.one_shot_sparsity(1.5, step=3), "sparsity must be a fraction"),
+        (
+            lambda: schedules.linear_sparsity(0, 1, begin_step=-1, end_step=5),
+            "begin_step",
+        ),
+        (
+            lambda: schedules.one_shot_sparsity(1.5, step=3),
+            "sparsity must be a fraction",
+        ),
         (lambda: schedules.one_shot_sparsity(0.5, step=-3), "step must be"),
-        (lambda: schedules.constant_sparsity(float("nan")), "sparsity must be a fraction"),
+        (
+            lambda: schedules.constant_sparsity(float("nan")),
+            "sparsity must be a fraction",
+        ),
         (
             lambda: schedules.warmup_stable_decay(1, stable_steps=1, decay_steps=0),
             "decay_steps must be",

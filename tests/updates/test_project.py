@@ -27,7 +27,9 @@ def test_latent_takes_the_inner_steps_and_params_their_projection():
         grads = contract.make_grads(latent, step)
         steps, inner_state = jax.jit(inner.update)(grads, inner_state, latent)
         latent = optax.apply_updates(latent, steps)
-    for a, b in zip(jax.tree.leaves(state.latent), jax.tree.leaves(latent), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state.latent), jax.tree.leaves(latent), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     contract.assert_same(params, contract.quarter_grid(state.latent))
 
@@ -45,9 +47,7 @@ def test_begin_step_leaves_the_inner_updates_alone_until_then():
 
 def test_unselected_leaves_take_the_inner_steps_and_cost_nothing():
     inner = optax.adam(0.1)
-    tx = jopt.project(
-        inner, contract.quarter_grid, select=jopt.matching(".*/kernel")
-    )
+    tx = jopt.project(inner, contract.quarter_grid, select=jopt.matching(".*/kernel"))
     params, state = contract.train(tx, contract.make_params(), num_steps=3)
     plain, _ = contract.train(inner, contract.make_params(), num_steps=3)
     assert isinstance(state.latent["dense"]["bias"], optax.MaskedNode)
@@ -58,7 +58,7 @@ def test_integer_leaves_pass():
     tx = jopt.project(optax.sgd(0.1), contract.quarter_grid)
     params = {"w": jnp.ones((2, 2)), "table": jnp.arange(3)}
     grads = {"w": jnp.ones((2, 2)), "table": jnp.zeros(3, jnp.int32)}
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, _state = jax.jit(tx.update)(grads, tx.init(params), params)
     new = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(new["table"], [0, 1, 2])
     assert new["table"].dtype == jnp.int32
@@ -89,7 +89,9 @@ def test_what_is_not_exact_does_not_add_up():
     state = tx.init(params)
     update = jax.jit(tx.update)
     for i in range(50):
-        grads = {"w": jnp.asarray(np.random.default_rng(i).normal(size=4096), jnp.float32)}
+        grads = {
+            "w": jnp.asarray(np.random.default_rng(i).normal(size=4096), jnp.float32)
+        }
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     target = np.round(np.asarray(state.latent["w"]) / scale) * scale

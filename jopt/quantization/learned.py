@@ -1,0 +1,94 @@
+"""The gradients of a clipped grid: to the weights inside it, and to its scale (LSQ).
+
+With q = s * clip(round(w / s)) and g the gradient at q,
+
+    dq/dw = 1 inside the range, 0 outside
+    dq/ds = q/s - w/s inside the range, q/s outside
+
+so d loss / d log s = sum of g q - (g inside) w over the group, scaled by
+1 / sqrt(elements * largest level) to keep scales in step with weights (Esser et al.,
+Learned Step Size Quantization, arXiv:1902.08153, equations 3 and 5).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jopt.arrays.quantized import fake_quantize
+from jopt.arrays.scales import Scale, highest_level, sum_groups
+from jopt.arrays.specs import QuantSpec
+from jopt.quantization.state import QuantizeState, scale_tree
+from jopt.updates.project import ProjectState
+from jopt.updates.states import is_masked_node
+
+
+def inside_range(
+    updates: optax.Updates, state: ProjectState, specs: Any, bits: Any, on: jax.Array
+) -> Any:
+    """Cut the gradients of latents that lie beyond the range."""
+
+    def cut(spec: Any, w: Any, g: Any, scale: Any) -> Any:
+        if is_masked_node(spec):
+            return spec
+        _, pull = jax.vjp(lambda x: fake_quantize(x, spec, scale=scale, bits=bits), w)
+        (gated,) = pull(g.astype(w.dtype))
+        return jnp.where(on, gated.astype(g.dtype), g)
+
+    return jax.tree.map(
+        cut,
+        specs,
+        state.latent,
+        updates,
+        scale_tree(state.projection_state),
+        is_leaf=is_masked_node,
+    )
+
+
+def learn(
+    updates: optax.Updates,
+    inside: Any,
+    state: ProjectState,
+    specs: Any,
+    on: jax.Array,
+    train: optax.GradientTransformation,
+) -> QuantizeState:
+    """Step log s along sum(g * dq/ds) * s / sqrt(N * largest level), as LSQ does."""
+    memory = state.projection_state
+    grads = jax.tree.map(
+        lambda spec, w, g, cut, s: (
+            spec if is_masked_node(spec) else _scale_gradient(w, g, cut, s, spec, on)
+        ),
+        specs,
+        state.latent,
+        updates,
+        inside,
+        memory.scale,
+        is_leaf=is_masked_node,
+    )
+    steps, optimizer_state = train.update(
+        grads, memory.scale_optimizer_state, memory.log_scale
+    )
+    return memory._replace(
+        log_scale=optax.apply_updates(memory.log_scale, steps),
+        scale_optimizer_state=optimizer_state,
+    )
+
+
+def _scale_gradient(
+    w: jax.Array,
+    g: jax.Array,
+    inside: jax.Array,
+    scale: jax.Array,
+    spec: QuantSpec,
+    on: jax.Array,
+) -> jax.Array:
+    """Return d loss / d log s = sum over the group of g q - (g inside) w."""
+    q = fake_quantize(w, spec, scale=Scale(scale, None, None)).astype(jnp.float32)
+    terms = g.astype(jnp.float32) * q - inside.astype(jnp.float32) * w.astype(
+        jnp.float32
+    )
+    total = sum_groups(terms, scale.shape)
+    per_group = w.size // scale.size
+    return jnp.where(on, total / jnp.sqrt(per_group * highest_level(spec)), 0.0)
