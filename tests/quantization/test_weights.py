@@ -1,0 +1,240 @@
+"""`quantize_weights`: grids, scales, bits, begin, LSQ gradients, deployment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jopt
+from jopt.arrays.scales import Scale
+from jopt.quantization.learned import _scale_gradient
+from tests import contract
+
+GRIDS = {
+    "int8": jopt.QuantSpec(jopt.formats.int8),
+    "int4_groups": jopt.QuantSpec(jopt.formats.int4, group_size=4),
+    "int3_tensor": jopt.QuantSpec(jopt.formats.int3, axis=()),
+    "uint8": jopt.QuantSpec(jopt.formats.uint8, symmetric=False),
+    "ternary": jopt.QuantSpec(jopt.formats.ternary),
+    "binary": jopt.QuantSpec(jopt.formats.binary),
+    "fp8": jopt.QuantSpec(jopt.formats.fp8_e4m3),
+    "fp4": jopt.QuantSpec(jopt.formats.fp4_e2m1),
+}
+
+
+def kernels(params):
+    return [params["dense"]["kernel"], params["head"]["kernel"]]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_params_are_the_weights_that_ship(name):
+    """Bit for bit: params == dequantize(quantize(params)) with the scales in use."""
+    tx = jopt.quantize_weights(optax.adam(1e-2), GRIDS[name])
+    params, state = contract.train(tx, contract.make_params(), num_steps=4)
+    packed = jopt.quantize(params, GRIDS[name], scales=jopt.get_scales(state))
+    contract.assert_same(jopt.dequantize(packed), params)
+    assert isinstance(packed["dense"]["kernel"], jopt.QuantizedArray)
+    assert packed["dense"]["bias"] is params["dense"]["bias"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_groups", "int3_tensor", "fp8"])
+def test_current_scales_need_not_be_kept(name):
+    tx = jopt.quantize_weights(optax.adam(1e-2), GRIDS[name])
+    params, _ = contract.train(tx, contract.make_params(), num_steps=4)
+    again = jopt.dequantize(jopt.quantize(params, GRIDS[name]))
+    contract.assert_same(again, params)
+
+
+@pytest.mark.parametrize("mode", ["static", "moving", "learned"])
+def test_trained_scales_ship(mode):
+    tx = jopt.quantize_weights(optax.adam(3e-2), GRIDS["int8"], scales=mode)
+    params, state = contract.train(tx, contract.make_params(), num_steps=5)
+    packed = jopt.quantize(params, GRIDS["int8"], scales=jopt.get_scales(state))
+    contract.assert_same(jopt.dequantize(packed), params)
+
+
+def test_latents_follow_the_inner_optimizer():
+    """Current scales never clip, so the latent takes the plain steps."""
+    tx = jopt.quantize_weights(optax.sgd(0.1, momentum=0.9), GRIDS["int8"])
+    _, state = contract.train(tx, contract.make_params(), num_steps=4)
+    plain, _ = contract.train(
+        optax.sgd(0.1, momentum=0.9), contract.make_params(), num_steps=4
+    )
+    np.testing.assert_allclose(
+        state.latent["dense"]["kernel"], plain["dense"]["kernel"], rtol=1e-6
+    )
+
+
+def test_rules_choose_formats_by_path():
+    rules = {"head/.*": None, ".*/kernel": jopt.QuantSpec(jopt.formats.int2)}
+    tx = jopt.quantize_weights(optax.sgd(0.1), rules)
+    params, state = contract.train(tx, contract.make_params(), num_steps=2)
+    levels = np.unique(params["dense"]["kernel"][:, 0])
+    assert len(levels) <= 3
+    assert len(np.unique(params["head"]["kernel"][:, 0])) == 8
+    assert isinstance(state.latent["head"]["kernel"], optax.MaskedNode)
+    assert isinstance(jopt.get_scales(state)["head"]["kernel"], optax.MaskedNode)
+
+
+def test_static_scales_do_not_move_and_clip_gradients():
+    tx = jopt.quantize_weights(optax.sgd(1.0), GRIDS["int8"], scales="static")
+    params = {"w": jnp.array([[1.0, 1.0], [-1.0, 0.5]])}
+    state = tx.init(params)
+    first = jopt.get_scales(state)["w"].scale
+    for _ in range(3):  # push the first weight of column 0 far out of the range
+        updates, state = tx.update({"w": jnp.array([[-1.0, 0.0]] * 2)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(jopt.get_scales(state)["w"].scale, first)
+    assert float(state.latent["w"][0, 0]) == 2.0  # one step out, then no gradient
+    np.testing.assert_allclose(params["w"][0, 0], 1.0, rtol=1e-2)
+
+
+def test_moving_scales_are_the_average_of_ranges():
+    tx = jopt.quantize_weights(
+        optax.sgd(0.1), GRIDS["int8"], scales="moving", decay=0.75
+    )
+    params = {"w": jnp.array([[1.0], [-2.0]])}
+    state = tx.init(params)
+    expected = 2.0
+    for _ in range(3):
+        updates, state = tx.update({"w": jnp.array([[0.0], [5.0]])}, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = 0.75 * expected + 0.25 * float(-state.latent["w"][1, 0])
+    np.testing.assert_allclose(
+        state.projection_state.low["w"][0, 0], -expected, rtol=1e-6
+    )
+
+
+def test_scale_gradient_is_the_one_of_lsq():
+    """Equation 3 of the paper, in NumPy, with its scaling of section 2.2."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(64, 3)).astype(np.float32)
+    g = rng.normal(size=(64, 3)).astype(np.float32)
+    s = np.full((1, 3), 0.25, np.float32)
+    spec = jopt.QuantSpec(jopt.formats.int4, scale_dtype=jnp.float32)
+    ratio, level = w / s, np.clip(np.round(w / s), -7, 7)
+    inside = np.abs(ratio) <= 7.5
+    ds = (g * np.where(inside, level - ratio, level)).sum(0, keepdims=True)
+    expected = ds * s / np.sqrt(64 * 7)
+    _, pull = jax.vjp(
+        lambda x: jopt.fake_quantize(x, spec, scale=Scale(jnp.asarray(s))), w
+    )
+    actual = _scale_gradient(
+        jnp.asarray(w), jnp.asarray(g), pull(jnp.asarray(g))[0], jnp.asarray(s), spec,
+        jnp.bool_(True),
+    )  # fmt: skip
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_learned_scales_reduce_the_error_that_they_are_trained_on():
+    """One heavy outlier makes the largest magnitude a bad scale for three bits."""
+    rng = np.random.default_rng(1)
+    target = rng.normal(size=(256, 1)).astype(np.float32)
+    target[0] = 12.0
+    spec = jopt.QuantSpec(jopt.formats.int3)
+    errors = {}
+    for mode in ("current", "learned"):
+        tx = jopt.quantize_weights(
+            optax.sgd(0.05), spec, scales=mode, scale_optimizer=optax.adam(0.05)
+        )
+        params = {"w": jnp.asarray(target)}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(150):
+            grads = {"w": 2 * (params["w"] - target)}
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        errors[mode] = float(jnp.mean((params["w"] - target) ** 2))
+    assert errors["learned"] < 0.7 * errors["current"]
+
+
+def test_bits_schedule_narrows_the_grid():
+    schedule = jopt.schedules.stepwise_bits({0: 8, 2: 3})
+    tx = jopt.quantize_weights(optax.sgd(0.0), GRIDS["int8"], bits_schedule=schedule)
+    params = contract.make_params()
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(4):
+        updates, state = update(contract.make_grads(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+        levels = max(len(np.unique(np.abs(c))) for c in params["dense"]["kernel"].T)
+        assert levels <= 4 if step >= 2 else levels > 4
+    narrow = jopt.QuantSpec(jopt.formats.int3)
+    packed = jopt.quantize(params, narrow, scales=jopt.get_scales(state))
+    contract.assert_same(jopt.dequantize(packed), params)
+
+
+def test_pruned_zeros_survive_and_both_hold_together():
+    tx = contract.WRAPPERS["quantize_prune"](optax.adam(1e-2))
+    params, state = contract.train(tx, contract.make_params(), num_steps=4)
+    masks = jopt.get_masks(state)
+    for kernel, mask in zip(kernels(params), jax.tree.leaves(masks), strict=True):
+        assert int(mask.sum()) == 64
+        assert bool((kernel[~mask] == 0).all())
+        again = jopt.dequantize(jopt.quantize(kernel, contract.INT8))
+        np.testing.assert_array_equal(kernel, again)
+
+
+ERRORS = {
+    "mode": (lambda: {"scales": "best"}, "scales must be one of"),
+    "decay": (lambda: {"decay": 1.0}, "decay must be in"),
+    "learned bits": (
+        lambda: {
+            "scales": "learned",
+            "bits_schedule": jopt.schedules.gradual_bits(8, 4, end_step=3),
+        },
+        "bits_schedule must be None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_arguments_raise_at_construction(case):
+    options, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        jopt.quantize_weights(optax.sgd(0.1), GRIDS["int8"], **options())
+
+
+LEAF_ERRORS = {
+    "group": (jopt.QuantSpec(jopt.formats.int4, group_size=3), {}, "dense/kernel"),
+    "learned asymmetric": (GRIDS["uint8"], {"scales": "learned"}, "dense/kernel"),
+    "learned mx": (
+        jopt.QuantSpec(jopt.formats.nvfp4),
+        {"scales": "learned"},
+        "dense/kernel",
+    ),
+    "bits of a float": (
+        GRIDS["fp8"],
+        {"bits_schedule": jopt.schedules.gradual_bits(8, 4, end_step=3)},
+        "dense/kernel",
+    ),
+    "rule": ({"dense/kernal": GRIDS["int8"]}, {}, "near names"),
+}
+
+
+@pytest.mark.parametrize("case", LEAF_ERRORS)
+def test_what_does_not_fit_a_leaf_names_it(case):
+    spec, options, message = LEAF_ERRORS[case]
+    tx = jopt.quantize_weights(optax.sgd(0.1), spec, **options)
+    params = contract.make_params()
+    params = jax.tree.map(
+        lambda x: jnp.concatenate([x, x]) if x.ndim > 1 else x, params
+    )
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+
+
+def test_get_scales_without_quantization_raises():
+    with pytest.raises(ValueError, match="without jopt.quantize_weights"):
+        jopt.get_scales(optax.adam(1e-3).init(contract.make_params()))
+
+
+def test_quantize_a_bare_array_or_a_tree():
+    w = contract.make_params()["dense"]["kernel"]
+    spec = GRIDS["int4_groups"]
+    bare, tree = jopt.quantize(w, spec), jopt.quantize({"w": w, "b": w[0]}, spec)
+    contract.assert_same(tree["w"], bare)
+    np.testing.assert_array_equal(tree["b"], w[0])
+    vector = jopt.quantize(w[0], jopt.QuantSpec(jopt.formats.int8))
+    assert isinstance(vector, jopt.QuantizedArray)
+    with pytest.raises(TypeError, match="bare array"):
+        jopt.quantize(w, {".*": spec})
