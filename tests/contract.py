@@ -73,6 +73,15 @@ WRAPPERS = {
         jopt.quantize_weights(inner, INT8), sparsity=0.5
     ),
 }
+# One of each mechanism, for products of wrappers with many other things.
+REPRESENTATIVES = [
+    "project",
+    "prune_ramp",
+    "prune_global",
+    "quantize",
+    "quantize_learned",
+    "quantize_prune",
+]
 # Wrappers whose params hold exact zeros, and how many of each 8 x 16 leaf after 6
 # steps.
 HALF = 64

@@ -11,6 +11,7 @@ import jopt
 from tests import contract
 
 every_wrapper = pytest.mark.parametrize("name", contract.WRAPPERS)
+representatives = pytest.mark.parametrize("name", contract.REPRESENTATIVES)
 
 
 def tree_shapes(tree):
@@ -80,8 +81,11 @@ def outermost(path, value):
     return len(path) == 1
 
 
-@every_wrapper
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, jnp.bfloat16) for name in contract.WRAPPERS]
+    + [(name, jnp.float16) for name in contract.REPRESENTATIVES],
+)
 def test_keeps_dtypes_of_half_precision_params(name, dtype):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
     params, state = contract.train(tx, contract.make_params(dtype), num_steps=2)
@@ -114,7 +118,7 @@ COMBINATORS = {
 }
 
 
-@every_wrapper
+@representatives
 @pytest.mark.parametrize("combinator", COMBINATORS)
 def test_composes_with_combinators(name, combinator):
     tx = COMBINATORS[combinator](contract.WRAPPERS[name](optax.sgd(1e-2)))

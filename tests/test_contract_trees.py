@@ -12,7 +12,6 @@ from flax import nnx
 import jopt
 from tests import contract
 
-every_wrapper = pytest.mark.parametrize("name", contract.WRAPPERS)
 KERNEL = contract.make_params()["dense"]["kernel"]
 
 
@@ -48,8 +47,11 @@ def kernels(tree):
     ]
 
 
-@every_wrapper
-@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "nnx") for name in contract.WRAPPERS]
+    + [(name, k) for name in contract.REPRESENTATIVES for k in TREES if k != "nnx"],
+)
 def test_on_every_kind_of_tree(name, kind):
     params = TREES[kind]()
     tx = contract.WRAPPERS[name](optax.sgd(1e-2, momentum=0.9))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.arrays import counts, thresholds
+from jopt.arrays import counts, selection, thresholds
 from jopt.arrays.counts import Count
 
 
@@ -72,7 +72,7 @@ def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
         for lot in lots.values()
     ]
     size = sum(scores.size for scores in stacked)
-    threshold = thresholds.find_threshold(stacked, _num_kept(size, sparsity))
+    threshold = selection.find_threshold(stacked, _num_kept(size, sparsity))
     around = [
         jax.lax.map(lambda layer: thresholds.count_around(layer, threshold), layers)
         for layers in stacked

@@ -85,6 +85,16 @@ def test_global_ranking_is_one_threshold_over_all_leaves():
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.013, 1.0])
+def test_global_ranking_keeps_the_count_at_the_ends(sparsity):
+    tx = jopt.prune(
+        optax.sgd(0.0), sparsity=sparsity, allocation=jopt.allocation.global_ranking
+    )
+    params, _ = contract.train(tx, contract.make_params(), num_steps=1)
+    zeros = sum(int((params[m]["kernel"] == 0).sum()) for m in ("dense", "head"))
+    assert zeros == round(sparsity * 256)
+
+
 def test_global_ranking_breaks_ties_by_leaf_and_index():
     tx = jopt.prune(
         optax.sgd(0.0), sparsity=0.5, allocation=jopt.allocation.global_ranking

@@ -224,7 +224,7 @@ def test_what_does_not_fit_a_leaf_names_it(case):
 
 
 def test_get_scales_without_quantization_raises():
-    with pytest.raises(ValueError, match="without jopt.quantize_weights"):
+    with pytest.raises(ValueError, match=r"without jopt\.quantize_weights"):
         jopt.get_scales(optax.adam(1e-3).init(contract.make_params()))
 
 
