@@ -13,7 +13,7 @@ from jopt.arrays.quantized import QuantizedArray, dequantize, quantize_array
 from jopt.arrays.rounding import stochastic
 from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.arrays.specs import QuantSpec, scale_shape
-from tests.arrays.test_formats import every_format, every_kind, same_bits
+from tests.arrays.test_formats import FORMATS, every_format, every_kind, same_bits
 from tests.arrays.test_scales import W, spec_of
 
 RNG = np.random.default_rng(4)
@@ -73,12 +73,12 @@ def test_shape_and_scales_are_those_of_the_array(format, order):
     same_bits(dequantize(q), dequantize(quantize_array(W, spec)))
 
 
-@every_format
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.signed], ids=repr)
+@pytest.mark.parametrize(
+    ("dtype", "grouped"), [("float32", True), ("float32", False), ("bfloat16", True)]
+)
 def test_a_symmetric_array_quantizes_to_itself(format, dtype, grouped):
-    if not format.signed:
-        pytest.skip("an asymmetric range moves with its own zero point")
+    """An asymmetric range moves with its zero point; theirs may not."""
     spec = spec_of(format) if grouped else QuantSpec(format)
     w = jnp.asarray(W * np.exp2(RNG.integers(-9, 9, (1, 6))), dtype)
     q = quantize_array(w, spec)
