@@ -3,5 +3,6 @@
 In reading order: `counts` (numbers of elements, whatever the size), `scans` (reads of
 one array), `selection` (the exact k largest without sorting), `patterns` (which
 elements go together), `packing` (bits to bytes), `formats` (what a code can mean),
-`rounding`, `quantized` (scale, codes and the array that carries them).
+`rounding`, `specs` (which elements share a scale), `scales`, `codes`,
+`straight_through` (gradients), `quantized` (the array that carries codes and scales).
 """

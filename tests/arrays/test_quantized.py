@@ -13,7 +13,7 @@ from jopt.arrays.quantized import QuantizedArray, dequantize, quantize_array
 from jopt.arrays.rounding import stochastic
 from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.arrays.specs import QuantSpec, scale_shape
-from tests.arrays.test_formats import FORMATS, every_format, every_kind, same_bits
+from tests.arrays.test_formats import FORMATS, every_kind, same_bits
 from tests.arrays.test_scales import W, spec_of
 
 RNG = np.random.default_rng(4)
