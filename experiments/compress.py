@@ -51,7 +51,7 @@ class Config:
     data_dir: Path | None = None
     """A folder of parquet images, or a text; scikit-learn's digits when left out."""
     model: Literal["resnet", "gpt"] = "resnet"
-    steps: int = 300
+    steps: int = 360
     seeds: int = 2
     width: int | None = None
     """Channels or features: 16 for digits, 32 for larger images, 128 for a GPT."""
@@ -59,7 +59,7 @@ class Config:
     """Blocks per stage, or layers: 1, or 4 for a GPT."""
     connections: Literal["plain", "residual", "dense"] = "residual"
     batch_size: int = 64
-    learning_rate: float = 4e-3
+    learning_rate: float = 8e-3
     parallel: train.Parallel = "jit"
     save_every: int = 100
 

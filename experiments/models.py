@@ -6,6 +6,7 @@ normalise without running statistics, so nothing but params changes in training.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -148,30 +149,56 @@ class GPT(nnx.Module):
 
 def build(config: ModelConfig, data: Dataset, *, seed: int) -> tuple[Apply, Any]:
     """Make a model for the data: a pure `apply(params, x)` and its first params."""
-    rngs = nnx.Rngs(seed)
-    if config.kind == "gpt":
-        if data.kind != "text":
-            raise ValueError(
-                f"model gpt needs a text, got data {data.name!r}; use resnet"
-            )
-        model: nnx.Module = GPT(
-            config, classes=data.num_classes, length=data.length, rngs=rngs
+    if (config.kind == "gpt") != (data.kind == "text"):
+        needs = "a text" if config.kind == "gpt" else "images"
+        raise ValueError(
+            f"model {config.kind} needs {needs}, got the {data.kind} {data.name!r}; "
+            "choose another --model or --data-dir"
         )
-    else:
-        if data.kind != "images":
-            raise ValueError(
-                f"model resnet needs images, got data {data.name!r}; use gpt"
-            )
-        channels = data.train["x"].shape[-1]
-        model = ResNet(config, channels=channels, classes=data.num_classes, rngs=rngs)
-    graph, state = nnx.split(model, nnx.Param)
+    channels = data.train["x"].shape[-1] if data.kind == "images" else 0
+    apply, draw = _functions(config, channels, data.num_classes, data.length)
+    return apply, draw(seed)
+
+
+@functools.cache
+def _functions(
+    config: ModelConfig, channels: int, classes: int, length: int
+) -> tuple[Apply, Callable[[int], Any]]:
+    """Return apply, and first params as a function of a seed."""
+
+    def create() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        if config.kind == "gpt":
+            return GPT(config, classes=classes, length=length, rngs=rngs)
+        return ResNet(config, channels=channels, classes=classes, rngs=rngs)
+
+    abstract = nnx.eval_shape(create)
+    graph, shapes = nnx.split(abstract, nnx.Param)
 
     def apply(params, x):
-        full = jax.tree.map(lambda a: a, state)
-        nnx.replace_by_pure_dict(full, params)
-        return nnx.merge(graph, full, copy=True)(x)
+        state = jax.tree.map(lambda leaf: leaf, shapes)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state, copy=True)(x)
 
-    return apply, _string_keys(nnx.to_pure_dict(state))
+    return apply, functools.partial(_draw, _string_keys(nnx.to_pure_dict(shapes)))
+
+
+def _draw(shapes: Any, seed: int) -> Any:
+    """Draw first params by NumPy: scales 1, biases 0, kernels of variance 2 / fan-in.
+
+    The initialisers of the layers would compile for seconds, more than a short run
+    takes.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return jnp.full(leaf.shape, float(name == "scale"), leaf.dtype)
+        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else leaf.shape[-1]
+        return jnp.asarray(rng.normal(0, (2 / fan_in) ** 0.5, leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def _string_keys(tree: Any) -> Any:

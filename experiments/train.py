@@ -146,7 +146,7 @@ def fit(
         )
     checkpoints = directory / "checkpoints"
     begin, spent = 0, 0.0
-    fresh = {"params": params, "state": tx.init(params)}
+    fresh = {"params": params, "state": jax.jit(tx.init)(params)}
     if jopt.steps(checkpoints):
         tree = {**fresh, "step": 0, "seconds": 0.0}
         saved = jopt.restore(checkpoints, like=tree)

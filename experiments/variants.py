@@ -43,19 +43,18 @@ def adamw(steps: int, rate: float) -> optax.GradientTransformation:
 
 
 def gradually(sparsity: float) -> Callable[[int, float], optax.GradientTransformation]:
-    """Prune by magnitude from a tenth to six tenths of the run, then heal."""
+    """Prune the smallest weights over six tenths of the run, then heal."""
 
     def make_tx(steps: int, rate: float) -> optax.GradientTransformation:
-        begin, end = steps // 10, max(6 * steps // 10, steps // 10 + 1)
-        ramp = jopt.schedules.cubic_sparsity(
-            0.0, sparsity, begin_step=begin, end_step=end
-        )
+        end = max(6 * steps // 10, 1)
+        ramp = jopt.schedules.cubic_sparsity(0.0, sparsity, end_step=end)
         return jopt.prune(
             adamw(steps, rate),
             sparsity=ramp,
-            every_steps=max(steps // 40, 1),
-            begin_step=begin,
+            every_steps=max(steps // 60, 1),
             end_step=end,
+            # The first and the last layer are small and needed: let all compete.
+            allocation=jopt.allocation.global_ranking,
         )
 
     return make_tx

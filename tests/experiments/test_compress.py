@@ -1,0 +1,109 @@
+"""The main job end to end on a small scale: killed, resumed, looked at."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jopt
+from experiments.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def start(folder, *options):
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.compress", "--out", str(folder)]
+    command += ["--steps", "12", "--seeds", "1", "--width", "8", "--save-every", "4"]
+    return subprocess.Popen(
+        [*command, *options],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that is killed once it has begun its second variant, then finished."""
+    folder = tmp_path_factory.mktemp("job") / "compress"
+    process = start(folder)
+    first = folder / "runs" / "dense" / "seed_0" / "result.json"
+    deadline = time.monotonic() + 240
+    while not first.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "report.html").exists()
+    made = first.stat().st_mtime_ns
+    process = start(folder)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert first.stat().st_mtime_ns == made, "a finished run was done again"
+    return folder
+
+
+def test_every_variant_is_there_and_ships_what_it_says(folder):
+    rows = {
+        row["name"]: row
+        for row in json.loads((folder / "results.json").read_text())["rows"]
+    }
+    assert list(rows) == [variant.name for variant in VARIANTS]
+    dense = rows["dense"]
+    assert rows["int8"]["bytes"] < 0.45 * dense["bytes"]
+    assert rows["int4"]["bytes"] < 0.3 * dense["bytes"]
+    assert rows["sparse90"]["bytes"] < 0.35 * dense["bytes"]
+    assert rows["student"]["num_params"] < 0.3 * dense["num_params"]
+    for row in rows.values():
+        on_disk = sum(
+            file.stat().st_size
+            for file in (folder / "runs" / row["name"] / "seed_0" / "artefact").rglob(
+                "*"
+            )
+            if file.is_file()
+        )
+        assert row["bytes"] == on_disk
+
+
+def test_artefacts_are_compressed_arrays(folder):
+    shipped = {
+        v.name: jopt.restore(folder / "runs" / v.name / "seed_0" / "artefact")
+        for v in VARIANTS
+    }
+    assert isinstance(shipped["int4"]["head"]["kernel"], jopt.QuantizedArray)
+    sparse = jax.tree.leaves(shipped["sparse90"])
+    zeros = sum(int((x == 0).sum()) for x in sparse if x.ndim > 1)
+    size = sum(x.size for x in sparse if x.ndim > 1)
+    assert zeros == round(0.9 * size)
+    both = jopt.dequantize(shipped["sparse80_int8"])
+    zeros = sum(int((x == 0).sum()) for x in jax.tree.leaves(both) if x.ndim > 1)
+    assert zeros >= round(0.8 * size)
+    kernel = np.asarray(shipped["sparse24"]["blocks"]["1"]["conv1"]["kernel"])
+    groups = kernel.reshape(3, 3, -1, 4, kernel.shape[-1])
+    assert int((groups != 0).sum(axis=3).max()) <= 2
+
+
+def test_pictures_and_report_are_self_contained(folder):
+    for name in ("accuracy_bytes.png", "sparsity.png", "loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page and "https://" not in page
+
+
+def test_other_options_in_the_same_folder_are_refused(folder):
+    process = start(folder, "--learning-rate", "0.1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "other learning_rate" in output and "Traceback" not in output

@@ -1,0 +1,104 @@
+"""The loop: three ways of data parallelism agree, and a resumed run keeps its bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jopt
+from experiments import data, train
+from tests import contract
+
+DIGITS = data.digits()
+
+
+def make_params():
+    key = jax.random.key(0)
+    return {
+        "hidden": {
+            "kernel": 0.1 * jax.random.normal(key, (64, 32)),
+            "bias": jnp.zeros(32),
+        },
+        "head": {"kernel": 0.1 * jax.random.normal(key, (32, 10))},
+    }
+
+
+def loss(params, batch, extras):
+    x = batch["x"].reshape(len(batch["x"]), -1)
+    hidden = jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    logits = hidden @ params["head"]["kernel"]
+    value = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return value.mean(), {"loss": value.mean()}
+
+
+def make_tx():
+    ramp = jopt.schedules.cubic_sparsity(0.0, 0.5, end_step=8)
+    return jopt.prune(optax.adamw(1e-2), sparsity=ramp, every_steps=4, end_step=8)
+
+
+def run(folder, *, steps, parallel="jit", save_every=100, trainer=None, tx=None):
+    tx = make_tx() if tx is None else tx
+    trainer = (
+        train.make_trainer(loss, tx, parallel=parallel) if trainer is None else trainer
+    )
+    return train.fit(
+        trainer,
+        tx,
+        make_params(),
+        lambda step: data.batch_at(DIGITS, seed=0, step=step, size=64),
+        train.TrainConfig(steps, 64, parallel, log_every=1, save_every=save_every),
+        directory=folder,
+    )
+
+
+def test_jit_shard_map_and_pmap_agree_on_eight_devices(tmp_path):
+    assert jax.device_count() == 8
+    results = {
+        parallel: run(tmp_path / parallel, steps=10, parallel=parallel).params
+        for parallel in ("jit", "shard_map", "pmap")
+    }
+    for other in ("shard_map", "pmap"):
+        for a, b in zip(
+            jax.tree.leaves(results["jit"]),
+            jax.tree.leaves(results[other]),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    assert int((results["jit"]["hidden"]["kernel"] == 0).sum()) == 1024
+
+
+def test_a_resumed_run_keeps_its_bits_and_its_metrics(tmp_path):
+    tx = make_tx()
+    trainer = train.make_trainer(loss, tx)
+    whole = run(tmp_path / "whole", steps=12, trainer=trainer, tx=tx)
+    run(tmp_path / "parts", steps=7, save_every=5, trainer=trainer, tx=tx)
+    # What a kill leaves: rows past the checkpoint, the last cut short.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    parts = run(tmp_path / "parts", steps=12, save_every=5, trainer=trainer, tx=tx)
+    contract.assert_same(parts.params, whole.params)
+    contract.assert_same(parts.state, whole.state)
+    rows = [
+        train.read_metrics(tmp_path / k / "metrics.jsonl") for k in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(1, 13))
+    assert rows[0][-1]["loss"] < rows[0][0]["loss"]
+
+
+def test_wrong_options_raise():
+    with pytest.raises(ValueError, match="parallel must be"):
+        train.make_trainer(loss, make_tx(), parallel="threads")
+
+
+def test_batches_must_divide_over_the_devices(tmp_path):
+    tx = make_tx()
+    with pytest.raises(ValueError, match="multiple of the 8 devices"):
+        train.fit(
+            train.make_trainer(loss, tx),
+            tx,
+            make_params(),
+            lambda step: data.batch_at(DIGITS, seed=0, step=step, size=60),
+            train.TrainConfig(2, 60),
+            directory=tmp_path,
+        )
