@@ -10,10 +10,9 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
                   formats, QuantSpec, QuantizedArray, fake_quantize
-    many leaves   matching, report, save, restore, steps
+    many leaves   matching, report, save, restore, steps, read_metadata
     an update     project, prune, quantize_weights, get_masks, apply_masks,
-    update_masks,
-                  get_scales; scores and allocation to choose from
+                  update_masks, get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
     a loss        distillation
@@ -42,9 +41,11 @@ from jopt.pruning import update_masks as update_masks
 from jopt.quantization import get_scales as get_scales
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
+from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore
 from jopt.trees.checkpoint import save as save
 from jopt.trees.checkpoint import steps as steps
+from jopt.trees.manifest import CheckpointError as CheckpointError
 from jopt.trees.report import report as report
 from jopt.trees.rules import matching as matching
 from jopt.updates.project import Projection as Projection

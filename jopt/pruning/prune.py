@@ -65,15 +65,13 @@ def prune(
             `jopt.scores.Score`.
         pattern: which weights live and die together.
         select: which leaves are pruned: a predicate `(path, leaf) -> bool`, a bool
-        tree,
-            `jopt.matching(...)`; None for float leaves with at least two axes, stacked
-            ones not counted.
+            tree or `jopt.matching(...)`; None for float leaves with at least two axes,
+            stacked ones not counted.
         allocation: how many weights each leaf keeps: `jopt.allocation.uniform` or
             `.global_ranking`.
-        stacked_axes: which axis stacks layers (scan over layers): an int for all
-        selected
-            leaves or ordered rules `{pattern: axis}`. Stacked leaves are ranked per
-            layer, and `pattern` sees one layer.
+        stacked_axes: which axis stacks layers (scan over layers): an int for all leaves
+            or ordered rules `{pattern: axis}`. Stacked leaves are ranked per layer, and
+            `pattern` sees one layer.
         update: "step" computes masks inside the update; "host" leaves that to
             `jopt.update_masks` between steps: less to compile and no temporary memory
             in the training step.

@@ -5,11 +5,10 @@
 by `jopt.project`: the loss is unchanged, gradients taken at the quantized point move
 the latent (straight through), and params *are* the weights that ship. The scales s are
 
-    current   recomputed from the latent on every step (its largest magnitude per
-    group); static    computed once, when quantization begins;
+    current   recomputed from the latent on every step, its largest magnitude by group;
+    static    computed once, when quantization begins;
     moving    from an exponential moving average of the range;
-    learned   LSQ: log s follows its gradient, with dq/ds = q/s - w/s inside the range
-    and
+    learned   LSQ: log s follows its gradient, dq/ds = q/s - w/s inside the range and
               the clipped code outside (Esser et al., arXiv:1902.08153, equation 3).
 
 With static, moving and learned scales a latent may leave the range; its gradient is

@@ -29,8 +29,7 @@ def warmup_stable_decay(
     With u in [0, 1] the part of the cooldown that is done, the value there is
     `end_value + (peak_value - end_value) * f(u)` with
 
-        linear: f = 1 - u      cosine: f = (1 + cos(pi u)) / 2      1-sqrt: f = 1 -
-        sqrt(u)
+        linear: f = 1 - u    cosine: f = (1 + cos(pi u)) / 2    1-sqrt: f = 1 - sqrt(u)
 
     Args:
         peak_value: the value of the plateau.
