@@ -75,19 +75,10 @@ class ResNet(nnx.Module):
             cout = width * 2**stage
             for i in range(config.depth):
                 stride = 2 if stage and not i and not dense else 1
-                blocks.append(
-                    Block(
-                        cin,
-                        cout,
-                        stride=stride,
-                        connections=config.connections,
-                        rngs=rngs,
-                    )
-                )
+                how = {"stride": stride, "connections": config.connections}
+                blocks.append(Block(cin, cout, **how, rngs=rngs))
                 cin = cin + cout if dense else cout
-            if (
-                dense and stage < 2
-            ):  # between dense stages: fewer channels, half the size
+            if dense and stage < 2:  # fewer channels and half the size
                 transitions.append(
                     nnx.Conv(cin, cout, (1, 1), strides=2, use_bias=False, rngs=rngs)
                 )

@@ -33,9 +33,7 @@ SPECS = {
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, "auto_mesh") for name in contract.WRAPPERS]
-    + [(name, "explicit_mesh") for name in contract.WRAPPERS if "prune" in name]
-    + [(name, "explicit_mesh") for name in contract.REPRESENTATIVES[3:5]],
+    [(n, kind) for kind in ("auto_mesh", "explicit_mesh") for n in contract.WRAPPERS],
 )
 def test_sharded_equals_one_device(name, kind, request):
     mesh = request.getfixturevalue(kind)

@@ -21,6 +21,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jopt.arrays import axes
+
 
 def pack_mask(mask: ArrayLike) -> jax.Array:
     """Stores a mask at one bit per element where 8 divides its last axis.
@@ -112,7 +114,7 @@ def pack_codes(codes: ArrayLike, bits: int, *, axis: int = -1) -> jax.Array:
     size = codes.shape[axis]
     codes = lax.bitcast_convert_type(codes, jnp.uint8) & np.uint8(2**bits - 1)
     num_codes, num_bytes = _unit(bits)
-    codes = _split_axis(_fill(codes, axis, num_codes), axis, num_codes)
+    codes = axes.split_axis(_fill(codes, axis, num_codes), axis, num_codes)
     parts = [
         lax.index_in_dim(codes, i, axis + 1, keepdims=False) for i in range(num_codes)
     ]
@@ -125,7 +127,7 @@ def pack_codes(codes: ArrayLike, bits: int, *, axis: int = -1) -> jax.Array:
             if -bits < start < 8
         ]
         packed.append(functools.reduce(lax.bitwise_or, shared))
-    stream = _merge_axis(jnp.stack(packed, axis + 1), axis)
+    stream = axes.merge_axis(jnp.stack(packed, axis + 1), axis)
     return lax.slice_in_dim(stream, 0, -(-size * bits // 8), axis=axis)
 
 
@@ -164,7 +166,7 @@ def unpack_codes(
             f"axis {axis}, got {size}: pass the size before packing"
         )
     num_codes, num_bytes = _unit(bits)
-    units = _split_axis(_fill(packed, axis, num_bytes), axis, num_bytes)
+    units = axes.split_axis(_fill(packed, axis, num_bytes), axis, num_bytes)
     if num_bytes == 1:  # whole codes in every byte
         lane = [1] * units.ndim
         lane[axis + 1] = num_codes
@@ -172,7 +174,7 @@ def unpack_codes(
         codes = units >> shifts
     else:
         codes = _codes_across_bytes(units, bits, axis)
-    stream = lax.slice_in_dim(_merge_axis(codes, axis), 0, size, axis=axis)
+    stream = lax.slice_in_dim(axes.merge_axis(codes, axis), 0, size, axis=axis)
     stream = stream & np.uint8(2**bits - 1)
     if not signed:
         return stream
@@ -223,17 +225,3 @@ def _fill(array: jax.Array, axis: int, multiple: int) -> jax.Array:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths)
-
-
-def _split_axis(array: jax.Array, axis: int, length: int) -> jax.Array:
-    """Turns `[..., size, ...]` into `[..., size // length, length, ...]`."""
-    shape = array.shape
-    parts = (shape[axis] // length, length)
-    return array.reshape(*shape[:axis], *parts, *shape[axis + 1 :])
-
-
-def _merge_axis(array: jax.Array, axis: int) -> jax.Array:
-    """Turns `[..., a, b, ...]`, a at the axis, into `[..., a * b, ...]`."""
-    shape = array.shape
-    merged = shape[axis] * shape[axis + 1]
-    return array.reshape(*shape[:axis], merged, *shape[axis + 2 :])

@@ -12,7 +12,6 @@ https://arxiv.org/abs/2104.08378. A pattern treats its array as one layer; a cal
 over stacked layers.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
-from jopt.arrays import counts, selection
+from jopt.arrays import axes, counts, selection
 
 _WRITTEN_OUT = 8  # the largest m whose m^2 comparisons are written out
 
@@ -215,7 +213,7 @@ def pool(scores: jax.Array, pattern: Pattern) -> jax.Array:
         reduce = jnp.mean if pattern.reduce == "mean" else jnp.max
         tiles = scores.astype(jnp.float32)
         for axis, size in _blocks(scores.shape, pattern):
-            tiles = reduce(_split(tiles, axis, size), axis=axis + 1)
+            tiles = reduce(axes.split_axis(tiles, axis, size), axis=axis + 1)
         return tiles
     return scores
 
@@ -242,7 +240,7 @@ def spread(mask: jax.Array, pattern: Pattern, shape: tuple[int, ...]) -> jax.Arr
         )
     if isinstance(pattern, Block):
         for axis, size in _blocks(shape, pattern):
-            mask = jnp.repeat(mask, size, axis)
+            mask = axes.repeat(mask, size, axis)
     return mask
 
 
@@ -252,25 +250,6 @@ def _blocks(shape: tuple[int, ...], pattern: Block) -> list[tuple[int, int]]:
     return [(first + i, size) for i, size in enumerate(pattern.shape)]
 
 
-def _split(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Splits an axis into groups of a size, on the devices where they lie.
-
-    On an explicit mesh the sharding of the result has to be named; groups that would
-    lie across devices are brought together.
-    """
-    groups = array.shape[axis] // size
-    shape = (*array.shape[:axis], groups, size, *array.shape[axis + 1 :])
-    sharding = jax.typeof(array).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return array.reshape(shape)
-    spec = sharding.spec
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    parts = math.prod(sharding.mesh.shape[name] for name in names if name)
-    held = spec[axis] if groups % parts == 0 else None
-    split = (*spec[:axis], held, None, *spec[axis + 1 :])
-    return lax.reshape(array, shape, out_sharding=sharding.update(spec=split))
-
-
 def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
     """Keeps an element that fewer than n of its group precede.
 
@@ -278,18 +257,9 @@ def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
     out for small m, XLA vectorizes the pass along the last axis as well.
     """
     axis = pattern.axis % scores.ndim
-    keys = _split(selection.ordered_keys(scores), axis, pattern.m)
+    keys = axes.split_axis(selection.ordered_keys(scores), axis, pattern.m)
     rank = _ranks_written_out if pattern.m <= _WRITTEN_OUT else _ranks
-    mask = rank(keys, axis + 1) < pattern.n
-    return _merge(mask, scores)
-
-
-def _merge(mask: jax.Array, scores: jax.Array) -> jax.Array:
-    """Gives a mask of split scores the shape of the scores, and their sharding."""
-    sharding = jax.typeof(scores).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return mask.reshape(scores.shape)
-    return lax.reshape(mask, scores.shape, out_sharding=sharding)
+    return axes.merge_axis(rank(keys, axis + 1) < pattern.n, axis)
 
 
 def _ranks_written_out(keys: jax.Array, axis: int) -> jax.Array:

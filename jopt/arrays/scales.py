@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jopt.arrays import axes
 from jopt.arrays.formats import Format
 from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
 
@@ -60,16 +61,16 @@ def reduce_groups(
         The reduced array, of the given shape.
     """
     split: list[int] = []
-    axes: list[int] = []
+    reduced: list[int] = []
     for size, kept in zip(x.shape, shape, strict=True):
         if size == kept:
             split.append(size)
             continue
         if kept != 1:
             split.append(kept)
-        axes.append(len(split))
+        reduced.append(len(split))
         split.append(size // kept)
-    return reduce(x.reshape(split), axis=tuple(axes)).reshape(shape)
+    return reduce(x.reshape(split), axis=tuple(reduced)).reshape(shape)
 
 
 def sum_groups(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -104,10 +105,7 @@ def spread_groups(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for axis, (size, kept) in enumerate(zip(shape, scale.shape, strict=True)):
         if kept in (1, size):
             continue
-        before, after = scale.shape[:axis], scale.shape[axis + 1 :]
-        lanes = jnp.expand_dims(scale, axis + 1)
-        lanes = jnp.broadcast_to(lanes, (*before, kept, size // kept, *after))
-        scale = lanes.reshape(*before, size, *after)
+        scale = axes.repeat(scale, size // kept, axis)
     return scale
 
 

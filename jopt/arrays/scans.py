@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
-from jopt.arrays import counts
+from jopt.arrays import axes, counts
 from jopt.arrays.counts import Count
 
 PROBES = 4  # thresholds counted in one read
@@ -109,16 +108,9 @@ def largest_key(dtype: np.dtype) -> int:
     return int(2**bits - 1)
 
 
-def is_sharded(array: jax.Array) -> bool:
-    """Says whether a mesh may split the array behind our back (not `shard_map`)."""
-    mesh = jax.typeof(array).sharding.mesh
-    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    return any(kind != AxisType.Manual and size > 1 for kind, size in sizes)
-
-
 def _is_chunkable(array: jax.Array) -> bool:
     """Says whether the array may be read in slices of its flat view."""
-    return array.size < 2**31 - 2 * _TIE_CHUNK and not is_sharded(array)
+    return array.size < 2**31 - 2 * _TIE_CHUNK and not axes.is_sharded(array)
 
 
 def zero_like(array: jax.Array) -> jax.Array:
@@ -256,11 +248,8 @@ def _is_up_to(array: jax.Array, last: tuple[jax.Array, ...]) -> jax.Array:
 
 def _indices(array: jax.Array, axis: int) -> jax.Array:
     """Returns each element's index along an axis, sharded as the array is."""
-    sharding = jax.typeof(array).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return lax.broadcasted_iota(
-        jnp.int32, array.shape, axis, out_sharding=sharding if explicit else None
-    )
+    sharding = jax.typeof(array).sharding if axes.is_explicit(array) else None
+    return lax.broadcasted_iota(jnp.int32, array.shape, axis, out_sharding=sharding)
 
 
 def _last_by_axis(

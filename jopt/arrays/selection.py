@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jopt.arrays import counts, scans
+from jopt.arrays import axes, counts, scans
 from jopt.arrays.counts import AxisName, Count, num_pruned
 from jopt.arrays.scans import ordered_keys
 
@@ -257,7 +257,7 @@ def _first_probes(
     keys = [
         scans.sample(array, min(max(size, 64 // parts), array.size))
         for array, size in zip(arrays, sizes, strict=True)
-        if not scans.is_sharded(array)
+        if not axes.is_sharded(array)
     ]
     if not keys:
         return jnp.asarray(_EVEN * scans.largest_key(arrays[0].dtype), jnp.uint32)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.arrays import counts, packing, patterns, scans, selection, thresholds
+from jopt.arrays import axes, counts, packing, patterns, selection, thresholds
 from jopt.arrays.counts import Count
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.scores import Score
@@ -59,9 +59,9 @@ def full_mask(param: jax.Array) -> jax.Array:
     bool.
     """
     mask = jnp.ones_like(param, jnp.bool_)
-    sharding = jax.typeof(mask).sharding
-    split = sharding.shard_shape(mask.shape) if mask.ndim else ()
-    return packing.pack_mask(mask) if split and split[-1] % 8 == 0 else mask
+    if mask.ndim == 0 or mask.shape[-1] // axes.num_parts(mask, -1) % 8:
+        return mask
+    return packing.pack_mask(mask)
 
 
 def layer_shape(param: jax.Array, stacked_axis: int | None) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def _count_nan(stacked: Sequence[jax.Array]) -> jax.Array:
 
 def _is_small(scores: jax.Array) -> bool:
     """Tell whether the layers [layers, ...] may be flattened and padded cheaply."""
-    return scores[0].size <= _TIERS[-1] and not scans.is_sharded(scores)
+    return scores[0].size <= _TIERS[-1] and not axes.is_sharded(scores)
 
 
 def _pool(scores: jax.Array, pattern: patterns.Pattern) -> jax.Array:

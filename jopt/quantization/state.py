@@ -19,7 +19,7 @@ class QuantizeState(NamedTuple):
     low: Any  # as scale, float32: moving average of the lower end of the range
     high: Any  # as scale, float32: of the upper end
     log_scale: Any  # as scale, float32: the natural logarithm that LSQ trains
-    scale_optimizer_state: optax.OptState
+    scale_optimizer_state: optax.OptState  # () unless scales are learned
 
 
 def get_scales(state: optax.OptState) -> Any:

@@ -179,7 +179,8 @@ def _init(
         low=treedef.unflatten([r[0] for r in ranges]) if keeps_range else holes,
         high=treedef.unflatten([r[1] for r in ranges]) if keeps_range else holes,
         log_scale=log_scale,
-        scale_optimizer_state=train.init(log_scale),
+        # Only where it is used: a second `mu` would hide that of the inner optimizer.
+        scale_optimizer_state=train.init(logs) if mode == "learned" else (),
     )
 
 

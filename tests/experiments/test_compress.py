@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (folder / "report.html").exists()
     made = first.stat().st_mtime_ns
     process = start(folder)

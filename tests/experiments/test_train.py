@@ -26,7 +26,9 @@ def make_params():
 
 def loss(params, batch, extras):
     x = batch["x"].reshape(len(batch["x"]), -1)
-    hidden = jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    hidden = jax.nn.relu(
+        x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]
+    )
     logits = hidden @ params["head"]["kernel"]
     value = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
     return value.mean(), {"loss": value.mean()}

@@ -1,0 +1,106 @@
+"""One axis cut into pieces and put together again, on the devices where it lies.
+
+On an automatic mesh, and without one, these are plain reshapes. On an explicit mesh JAX
+asks for the sharding of a reshape to be named: an axis stays split over the devices as
+long as whole groups lie on each, and is brought together otherwise.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+
+def is_sharded(array: jax.Array) -> bool:
+    """Say whether a mesh may split the array behind our back (not `shard_map`)."""
+    mesh = jax.typeof(array).sharding.mesh
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind != AxisType.Manual and size > 1 for kind, size in sizes)
+
+
+def is_explicit(array: jax.Array) -> bool:
+    """Say whether the type of the array names a sharding that has to be kept."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
+def num_parts(array: jax.Array, axis: int) -> int:
+    """Return into how many parts an explicit mesh splits an axis; elsewhere 1.
+
+    >>> num_parts(jnp.ones((2, 8)), -1)
+    1
+    """
+    if not is_explicit(array):
+        return 1
+    sharding = jax.typeof(array).sharding
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names if name)
+
+
+def split_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """Turn `[..., groups * size, ...]` into `[..., groups, size, ...]`.
+
+    Args:
+        array: an array.
+        axis: counted from the front.
+        size: of a group; divides that of the axis.
+
+    Returns:
+        The array with one axis more.
+
+    >>> split_axis(jnp.arange(6), 0, 3)
+    Array([[0, 1, 2],
+           [3, 4, 5]], dtype=int32)
+    """
+    groups = array.shape[axis] // size
+    shape = (*array.shape[:axis], groups, size, *array.shape[axis + 1 :])
+    if not is_explicit(array):
+        return array.reshape(shape)
+    sharding = jax.typeof(array).sharding
+    spec = sharding.spec
+    held = spec[axis] if groups % num_parts(array, axis) == 0 else None
+    split = (*spec[:axis], held, None, *spec[axis + 1 :])
+    return lax.reshape(array, shape, out_sharding=sharding.update(spec=split))
+
+
+def merge_axis(array: jax.Array, axis: int) -> jax.Array:
+    """Turn `[..., groups, size, ...]` into `[..., groups * size, ...]`.
+
+    Args:
+        array: an array whose axis after the given one lies whole on every device.
+        axis: that of the groups, counted from the front.
+
+    Returns:
+        The array with one axis less, split as its groups were.
+
+    >>> merge_axis(jnp.ones((2, 3, 4)), 1).shape
+    (2, 12)
+    """
+    merged = array.shape[axis] * array.shape[axis + 1]
+    shape = (*array.shape[:axis], merged, *array.shape[axis + 2 :])
+    if not is_explicit(array):
+        return array.reshape(shape)
+    sharding = jax.typeof(array).sharding
+    spec = (*sharding.spec[: axis + 1], *sharding.spec[axis + 2 :])
+    return lax.reshape(array, shape, out_sharding=sharding.update(spec=spec))
+
+
+def repeat(array: jax.Array, size: int, axis: int) -> jax.Array:
+    """Repeat every element along an axis, as `numpy.repeat` does.
+
+    Args:
+        array: an array.
+        size: how often.
+        axis: counted from the front.
+
+    Returns:
+        The array, `size` times as long along the axis.
+
+    >>> repeat(jnp.array([1, 2]), 2, 0)
+    Array([1, 1, 2, 2], dtype=int32)
+    """
+    lanes = jnp.expand_dims(array, axis + 1)
+    shape = (*array.shape[: axis + 1], size, *array.shape[axis + 1 :])
+    return merge_axis(jnp.broadcast_to(lanes, shape), axis)
