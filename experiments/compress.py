@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -265,9 +266,9 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for key in ("accuracy", "recall", "f1", "loss", "bits_per_character"):
             values = [run[key] for run in runs]
             row[key] = float(np.mean(values))
-            row[f"{key}_std"] = (
-                float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            )
+            # One seed has no deviation, and 0 would claim that it has.
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[f"{key}_std"] = spread
         for key in ("num_params", "nonzero_params", "bytes", "seconds"):
             row[key] = float(np.median([run[key] for run in runs]))
         row["is_harmless"] = variant.is_harmless
@@ -278,22 +279,25 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def make_table(rows: list[dict[str, Any]], data: datasets.Dataset, seeds: int) -> Table:
     """Lay the summary out for the terminal."""
     dense = rows[0]
-    title = f"{data.name}, mean and standard deviation over {seeds} seeds"
-    table = Table(title=title, title_justify="left")
+    title = (
+        f"{data.name}: mean ±standard deviation, {html_report.counted(seeds, 'seed')}"
+    )
+    # Narrow on purpose: it is to fit 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.collapse_padding, table.pad_edge = 0, True, False
     columns = ["variant", "accuracy %", "recall %", "F1 %"]
     columns += ["bits/char"] if data.kind == "text" else []
-    columns += ["non-zero params", "bytes on disk", "smaller", "train s"]
+    columns += ["nonzero", "kB", "smaller", "train s"]
     for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:
         cells = [row["label"]]
-        for key in ("accuracy", "recall", "f1"):
-            cells.append(f"{100 * row[key]:.2f} ± {100 * row[key + '_std']:.2f}")
+        cells += [html_report.percent(row, k, 1) for k in ("accuracy", "recall", "f1")]
         if data.kind == "text":
             cells.append(f"{row['bits_per_character']:.3f}")
         cells += [
             f"{row['nonzero_params']:,.0f}",
-            f"{row['bytes']:,.0f}",
+            f"{row['bytes'] / 1000:,.1f}",
             f"{dense['bytes'] / row['bytes']:.1f}x",
             f"{row['seconds']:.1f}",
         ]

@@ -16,22 +16,42 @@ import jopt
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fafaf8;
-       max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; }
-.lead { color: #555; margin-top: 0; } .cards { display: flex; flex-wrap: wrap; gap:
-1rem; } .card { flex: 1 1 15rem; background: #fff; border: 1px solid #e6e4df;
-border-radius: 10px;
-        padding: 1rem 1.2rem; } .card b { font-size: 1.6rem; display: block; }
+       max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; margin-bottom: .2rem; }
+h2 { margin-top: 2.4rem; }
+.lead { color: #555; margin-top: 0; }
+.cards { display: flex; flex-wrap: wrap; gap: 1rem; }
+.card { flex: 1 1 15rem; background: #fff; border: 1px solid #e6e4df;
+        border-radius: 10px; padding: 1rem 1.2rem; }
+.card b { font-size: 1.6rem; display: block; }
 .card.bad b { color: #b2182b; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; background: #fff; font-size: .93rem; }
 th, td { padding: .5rem .6rem; text-align: right; border-bottom: 1px solid #eceae5;
          white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; } th { color: #555; font-weight: 600;
-} tr:first-child td { background: #f4f2ec; } .scroll { overflow-x: auto; }
+th:first-child, td:first-child { text-align: left; }
+th { color: #555; font-weight: 600; }
+tbody tr:first-child td { background: #f4f2ec; }
 img { width: 100%; border: 1px solid #e6e4df; border-radius: 10px; background: #fff; }
 pre { background: #f1efe9; padding: .8rem 1rem; border-radius: 8px; overflow-x: auto; }
 small, .note { color: #666; }
 """
+
+
+def counted(number: int, noun: str) -> str:
+    """Put a number before its noun.
+
+    >>> counted(1, "seed"), counted(2, "seed")
+    ('1 seed', '2 seeds')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def percent(row: dict[str, Any], key: str, digits: int) -> str:
+    """Write a mean in percent, and its deviation over the seeds if there are some."""
+    spread = row[f"{key}_std"]
+    text = f"{100 * row[key]:.{digits}f}"
+    return text if spread is None else f"{text} ±{100 * spread:.{digits}f}"
 
 
 def environment() -> dict[str, Any]:
@@ -99,10 +119,7 @@ def _table(rows: list[dict[str, Any]], kind: str) -> str:
     lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for row in rows:
         cells = [html.escape(row["label"])]
-        cells += [
-            f"{100 * row[key]:.2f} ± {100 * row[key + '_std']:.2f}"
-            for key in ("accuracy", "recall", "f1")
-        ]
+        cells += [percent(row, key, 2) for key in ("accuracy", "recall", "f1")]
         cells += [f"{row['bits_per_character']:.3f}"] if kind == "text" else []
         cells += [
             f"{row['num_params']:,.0f}",
@@ -136,15 +153,22 @@ def write(
     )
     command = html.escape(" ".join(["python -m experiments.compress", *arguments]))
     facts = " · ".join(f"{key} {value}" for key, value in where.items())
-    model = ", ".join(f"{k} {v}" for k, v in summary["model"].items())
+    size = summary["model"]
+    model = (
+        f"a GPT of {counted(size['depth'], 'layer')} and {size['width']} features"
+        if size["kind"] == "gpt"
+        else f"a ResNet of 3 x {counted(size['depth'], 'block')}, {size['width']} "
+        f"channels at first, {size['connections']} connections"
+    )
+    seeds = counted(summary["seeds"], "seed")
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>One model, compressed seven ways</title><style>{STYLE}</style></head><body>
 <h1>One model, compressed seven ways</h1>
-<p class="lead">{html.escape(summary["data"])}: {html.escape(model)}; {summary["steps"]}
-steps, {summary["seeds"]} seeds. All variants of a seed start from the same parameters
-and see the same batches.</p>
+<p class="lead">{html.escape(summary["data"])}, {html.escape(model)},
+{summary["steps"]:,} steps, {seeds}. All variants of a seed start from the same
+parameters and see the same batches.</p>
 <div class="cards">{cards}</div>
 <h2>Accuracy against size</h2>
 {_picture(pictures["accuracy_bytes"], "accuracy against bytes on disk")}
@@ -152,7 +176,7 @@ and see the same batches.</p>
 weights are stored as they are and shrink by compression; quantized ones are packed.</p>
 <h2>All numbers</h2>
 {_table(rows, summary["kind"])}
-<p class="note">Mean ± standard deviation over {summary["seeds"]} seeds on
+<p class="note">Mean ± standard deviation over {seeds} on
 {summary["test_examples"]:,} test examples; sizes and times are medians, and the time of
 a seed that compiles includes it.</p>
 <h2>On the way</h2>

@@ -35,7 +35,7 @@ def accuracy_against_bytes(rows: list[dict[str, Any]]) -> plt.Figure:
         axis.errorbar(
             row["bytes"] / 1000,
             100 * row["accuracy"],
-            yerr=100 * row["accuracy_std"],
+            yerr=100 * (row["accuracy_std"] or 0),
             fmt="o",
             markersize=9,
             capsize=3,

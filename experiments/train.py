@@ -15,6 +15,7 @@ one and ends with the same bits, because batches are a function of the step. Met
 to a JSONL file (cut back to the checkpoint on resume) and to TensorBoard.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -151,31 +152,30 @@ def fit(
         tree = {**fresh, "step": 0, "seconds": 0.0}
         saved = jopt.restore(checkpoints, like=tree)
         fresh, begin, spent = saved, saved["step"], saved["seconds"]
-    log = MetricsLog(directory, begin)
     carry = [trainer.replicate(fresh[key]) for key in ("params", "state")]
     extras = trainer.replicate(extras)
     on_step(begin)
-    start = time.perf_counter()
-    for step in range(begin, config.steps):
-        *carry, metrics = trainer.step(*carry, extras, trainer.split(batches(step)))
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            values = jax.device_get(trainer.first(metrics))
-            if probe is not None:
-                values |= probe(*(trainer.first(tree) for tree in carry))
-            log.write(done, {key: float(value) for key, value in values.items()})
-            on_step(done)
-        if done % config.save_every == 0 and done < config.steps:
-            jax.block_until_ready(carry)
-            tree = {
-                "params": trainer.first(carry[0]),
-                "state": trainer.first(carry[1]),
-                "step": done,
-                "seconds": spent + time.perf_counter() - start,
-            }
-            jopt.save(checkpoints, tree, step=done, max_to_keep=2)
+    with contextlib.closing(MetricsLog(directory, begin)) as log:
+        start = time.perf_counter()
+        for step in range(begin, config.steps):
+            *carry, metrics = trainer.step(*carry, extras, trainer.split(batches(step)))
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                values = jax.device_get(trainer.first(metrics))
+                if probe is not None:
+                    values |= probe(*(trainer.first(tree) for tree in carry))
+                log.write(done, {key: float(value) for key, value in values.items()})
+                on_step(done)
+            if done % config.save_every == 0 and done < config.steps:
+                jax.block_until_ready(carry)
+                tree = {
+                    "params": trainer.first(carry[0]),
+                    "state": trainer.first(carry[1]),
+                    "step": done,
+                    "seconds": spent + time.perf_counter() - start,
+                }
+                jopt.save(checkpoints, tree, step=done, max_to_keep=2)
     params, state = jax.block_until_ready([trainer.first(tree) for tree in carry])
-    log.close()
     return Result(params, state, spent + time.perf_counter() - start)
 
 

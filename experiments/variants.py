@@ -96,10 +96,10 @@ VARIANTS = [
     Variant("int8", "int8", on_grid(INT8), INT8, is_harmless=True),
     Variant("int4", "int4", on_grid(INT4), INT4),
     Variant("sparse80_int8", "80 % pruned + int8", sparse_on_grid, INT8),
-    Variant("student", "student, 1/4 size", adamw, is_student=True),
+    Variant("student", "student (1/4)", adamw, is_student=True),
     Variant(
         "distilled",
-        "student, 1/4 size, taught",
+        "student, taught",
         adamw,
         is_student=True,
         has_teacher=True,

@@ -16,6 +16,8 @@ import jopt
 from experiments.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent.parent
+# One run of the job serves all: under `--dist loadgroup` they share a process.
+pytestmark = pytest.mark.xdist_group("compress")
 
 
 def start(folder, *options):
