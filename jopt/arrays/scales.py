@@ -60,17 +60,23 @@ def reduce_groups(
     Returns:
         The reduced array, of the given shape.
     """
-    split: list[int] = []
+    sizes = list(zip(x.shape, shape, strict=True))
+    for axis in reversed(range(x.ndim)):
+        size, kept = sizes[axis]
+        if kept not in (1, size):
+            x = axes.split_axis(x, axis, size // kept)
     reduced: list[int] = []
-    for size, kept in zip(x.shape, shape, strict=True):
-        if size == kept:
-            split.append(size)
-            continue
-        if kept != 1:
-            split.append(kept)
-        reduced.append(len(split))
-        split.append(size // kept)
-    return reduce(x.reshape(split), axis=tuple(reduced)).reshape(shape)
+    gone: list[int] = []
+    place = 0  # of the axis in the split array
+    for axis, (size, kept) in enumerate(sizes):
+        if kept not in (1, size):
+            place += 1
+            reduced.append(place)
+        elif size != kept:
+            reduced.append(place)
+            gone.append(axis)
+        place += 1
+    return jnp.expand_dims(reduce(x, axis=tuple(reduced)), gone)
 
 
 def sum_groups(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

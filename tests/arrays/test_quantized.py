@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays import formats
 from jopt.arrays.packing import unpack_codes
@@ -322,3 +323,20 @@ def test_what_is_wrong_is_said_with_the_path():
         quantize_array(jnp.ones(64), INT4, order="nk", path="a/b")
     with pytest.raises(ValueError, match="key must be a PRNG key"):
         quantize_array(W, INT4, rounding=stochastic)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["int4", "int3", "uint4", "nf4", "mxfp8", "nvfp4"])
+def test_explicit_mesh_has_the_bits_of_one_device(name, axis, explicit_mesh):
+    """Groups that lie across devices (nf4, mxfp8, nvfp4 on axis 0) included."""
+    options = {
+        "int4": {"group_size": 8},
+        "uint4": {"symmetric": False},
+        "nf4": {"group_size": 16},
+    }
+    spec = QuantSpec(getattr(formats, name), **options.get(name, {}))
+    w = jax.random.normal(jax.random.key(0), (64, 128))
+    sharding = NamedSharding(explicit_mesh, PartitionSpec(*[None] * axis, "data"))
+    with jax.set_mesh(explicit_mesh):
+        back = dequantize(quantize_array(jax.device_put(w, sharding), spec))
+    np.testing.assert_array_equal(back, dequantize(quantize_array(w, spec)))
