@@ -98,6 +98,36 @@ def test_keeps_dtypes_of_half_precision_params(name, dtype):
             assert zeros == contract.ZEROS[name]
 
 
+@pytest.mark.parametrize("name", [*contract.ZEROS, "quantize_prune"])
+def test_gradients_of_low_precision_leave_exact_zeros(name):
+    """The steps of sgd are bfloat16 here; so must not be the -w that prunes."""
+    tx = contract.WRAPPERS[name](optax.sgd(1e-2))
+    params, state, update = contract.make_params(), None, jax.jit(tx.update)
+    state = tx.init(params)
+    for step in range(6):
+        grads = contract.make_grads(params, step)
+        grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    zeros = int((params["dense"]["kernel"] == 0).sum())
+    if name == "quantize_prune":
+        assert zeros >= contract.HALF
+    else:
+        assert zeros == contract.ZEROS[name]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", ["prune_ramp", "prune_global", "quantize_prune"])
+def test_works_with_x64_enabled(name, dtype):
+    with jax.enable_x64(True):
+        tx = contract.WRAPPERS[name](optax.adam(1e-2))
+        params, _ = contract.train(tx, contract.make_params(dtype))
+        kernel = params["dense"]["kernel"]
+        assert kernel.dtype == dtype
+        zeros = int((kernel == 0).sum())
+        assert zeros >= contract.ZEROS.get(name, 1)
+
+
 COMBINATORS = {
     "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
     "named_chain": lambda tx: optax.named_chain(

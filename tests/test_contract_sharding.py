@@ -114,3 +114,73 @@ def test_restored_state_continues_bit_for_bit(name, tmp_path):
         tx, restored["params"], 2, restored["opt"], begin=3, update=update
     )
     contract.assert_same(again, on)
+
+
+@pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
+@pytest.mark.parametrize("update", ["step", "host"])
+@pytest.mark.parametrize("allocation", ["uniform", "global_ranking"])
+def test_leaves_of_one_shape_and_layers_spread_over_devices(
+    kind, update, allocation, request
+):
+    """Column and row parallel kernels of one shape, and a stack split by layer."""
+    mesh = request.getfixturevalue(kind)
+    key = jax.random.key(5)
+    params = {
+        "out": jax.random.normal(key, (64, 128)),
+        "query": jax.random.normal(jax.random.fold_in(key, 1), (64, 128)),
+        "stack": jax.random.normal(jax.random.fold_in(key, 2), (8, 32, 64)),
+    }
+    specs = {"out": ("data", None), "query": (None, "data"), "stack": ("data",)}
+    shardings = {k: NamedSharding(mesh, PartitionSpec(*s)) for k, s in specs.items()}
+    sharded = jax.tree.map(jax.device_put, params, shardings)
+    tx = jopt.prune(
+        optax.sgd(1e-2),
+        sparsity=0.5,
+        allocation=getattr(jopt.allocation, allocation),
+        stacked_axes={"stack": 0},
+        update=update,
+    )
+
+    def one_step(params):
+        state = tx.init(params)
+        if update == "host":
+            state = jopt.update_masks(tx, state, params)
+        step = jax.jit(tx.update)
+        if update == "step":
+            hlo = step.lower(params, state, params).compile().as_text()
+            assert_no_weight_sized_gather(hlo, 64 * 128)
+        return step(params, state, params)[1].masks, state.masks
+
+    alone, _ = one_step(params)
+    with jax.set_mesh(mesh):
+        together, before = one_step(sharded)
+    contract.assert_same(jax.device_get(together), jax.device_get(alone))
+    if update == "host" or kind == "explicit_mesh":
+        for name, mask in before.items():
+            assert mask.sharding.is_equivalent_to(
+                NamedSharding(mesh, PartitionSpec(*specs[name])), mask.ndim
+            ), name
+
+
+@pytest.mark.parametrize("name", ["prune", "prune_global", "quantize_prune"])
+def test_each_shard_by_itself_inside_shard_map(name, auto_mesh):
+    """Varying axes are checked; what is not finite is counted over all devices."""
+    tx = contract.WRAPPERS[name](optax.sgd(1e-2))
+    w = jax.random.normal(jax.random.key(2), (64, 16)).at[0, 0].set(jnp.nan)
+
+    def step(w):
+        state = tx.init({"w": w})
+        updates, state = tx.update({"w": w}, state, {"w": w})
+        count = optax.tree.get(state, "num_nonfinite")
+        return optax.apply_updates({"w": w}, updates)["w"], count
+
+    split = PartitionSpec("data")
+    mapped = jax.shard_map(
+        step, mesh=auto_mesh, in_specs=split, out_specs=(split, PartitionSpec())
+    )
+    together, count = jax.jit(mapped)(w)
+    assert int(count) == 1
+    for part, alone in zip(
+        np.split(np.asarray(together), 8), np.split(w, 8), strict=True
+    ):
+        np.testing.assert_array_equal(part, jax.jit(step)(jnp.asarray(alone))[0])

@@ -25,6 +25,16 @@ def is_explicit(array: jax.Array) -> bool:
     return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
 
 
+def varying_axes(array: jax.Array) -> tuple[str, ...]:
+    """Return the axes of `shard_map` over which an array differs between devices."""
+    return tuple(sorted(jax.typeof(array).manual_axis_type.varying))
+
+
+def named_sharding(array: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Return the sharding that an explicit mesh gives an array; elsewhere None."""
+    return jax.typeof(array).sharding if is_explicit(array) else None
+
+
 def num_parts(array: jax.Array, axis: int) -> int:
     """Return into how many parts an explicit mesh splits an axis; elsewhere 1.
 
@@ -104,3 +114,21 @@ def repeat(array: jax.Array, size: int, axis: int) -> jax.Array:
     lanes = jnp.expand_dims(array, axis + 1)
     shape = (*array.shape[: axis + 1], size, *array.shape[axis + 1 :])
     return merge_axis(jnp.broadcast_to(lanes, shape), axis)
+
+
+def spread_like(values: jax.Array, array: jax.Array) -> jax.Array:
+    """Split values, one per index of the first axis of `array`, as that axis is."""
+    sharding = named_sharding(array)
+    if sharding is None:
+        return values
+    return _reshard(values, sharding.update(spec=(sharding.spec[0],)))
+
+
+def gather_values(values: jax.Array) -> jax.Array:
+    """Bring values, one per layer, to every device of an explicit mesh."""
+    sharding = named_sharding(values)
+    return values if sharding is None else _reshard(values, sharding.update(spec=()))
+
+
+def _reshard(array: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    return jax.sharding.reshard(array, sharding)  # type: ignore[no-untyped-call]

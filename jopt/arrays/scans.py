@@ -199,7 +199,8 @@ def _pack_slice(
 def _sum_packed(lanes: jax.Array) -> jax.Array:
     """Adds up each of the four bytes over the lanes."""
     shifts = np.arange(PROBES, dtype=np.uint32)[:, None] * _BITS
-    return jnp.sum((lanes[None] >> shifts) & ((1 << _BITS) - 1), axis=1)
+    bytes_of = (lanes[None] >> shifts) & np.uint32((1 << _BITS) - 1)
+    return jnp.sum(bytes_of, axis=1, dtype=jnp.uint32)
 
 
 def count_ties(array: jax.Array, threshold: jax.Array) -> Count:
@@ -248,7 +249,7 @@ def _is_up_to(array: jax.Array, last: tuple[jax.Array, ...]) -> jax.Array:
 
 def _indices(array: jax.Array, axis: int) -> jax.Array:
     """Returns each element's index along an axis, sharded as the array is."""
-    sharding = jax.typeof(array).sharding if axes.is_explicit(array) else None
+    sharding = axes.named_sharding(array)
     return lax.broadcasted_iota(jnp.int32, array.shape, axis, out_sharding=sharding)
 
 

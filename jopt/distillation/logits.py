@@ -60,4 +60,8 @@ def soft_target_loss(
     frozen = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
     log_p = jax.nn.log_softmax(frozen / softness)
     log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / softness)
-    return softness**2 * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+    # 0 log 0 = 0: classes that both mask with -inf would read inf - inf.
+    kl = optax.losses.kl_divergence_with_log_targets(
+        log_q, log_p, where=jnp.exp(log_p) > 0
+    )
+    return softness**2 * kl

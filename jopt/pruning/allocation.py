@@ -6,6 +6,7 @@ shape each; `kept` has one `Count` of shape [layers] for each of them, and the s
 all is the count asked for.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.arrays import counts, selection, thresholds
+from jopt.arrays import axes, counts, selection, thresholds
 from jopt.arrays.counts import Count
 
 
@@ -36,7 +37,7 @@ def uniform(units: Sequence[Units], sparsity: Any) -> list[Count]:
     Array([1, 1], dtype=uint32)
     """
     return [
-        _each_layer(_num_kept(scores[0].size, sparsity), len(positions))
+        _each_layer(_num_kept(math.prod(scores.shape[1:]), sparsity), len(positions))
         for scores, positions in units
     ]
 
@@ -66,17 +67,15 @@ def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
     dtype = jnp.result_type(*(scores.dtype for scores, _ in units))
     lots: dict[Any, list[int]] = {}
     for i, (scores, _) in enumerate(units):
-        lots.setdefault(scores.shape[1:], []).append(i)
+        kind = (scores.shape[1:], axes.named_sharding(scores))
+        lots.setdefault(kind, []).append(i)
     stacked = [
         jnp.concatenate([units[i].scores.astype(dtype) for i in lot])
         for lot in lots.values()
     ]
     size = sum(scores.size for scores in stacked)
     threshold = selection.find_threshold(stacked, _num_kept(size, sparsity))
-    around = [
-        jax.lax.map(lambda layer: thresholds.count_around(layer, threshold), layers)
-        for layers in stacked
-    ]
+    around = [_count_around(layers, threshold) for layers in stacked]
     above, ties = jax.tree.map(lambda *c: jnp.concatenate(c), *around)
     # Ties are dealt out in the order in which the layers stand.
     order = np.argsort([p for lot in lots.values() for i in lot for p in units[i][1]])
@@ -90,6 +89,19 @@ def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
         shares[i] = Count(kept.high[start:stop], kept.low[start:stop])
         start = stop
     return shares
+
+
+def _count_around(
+    layers: jax.Array, threshold: selection.Threshold
+) -> tuple[Count, Count]:
+    """Count each layer; on a mesh all at once, or a loop would gather the layers."""
+
+    def count(layer: jax.Array) -> tuple[Count, Count]:
+        return thresholds.count_around(layer, threshold)
+
+    if axes.is_sharded(layers):
+        return jax.tree.map(axes.gather_values, jax.vmap(count)(layers))
+    return jax.lax.map(count, layers)
 
 
 def _deal(need: Count, ties: Count) -> Count:

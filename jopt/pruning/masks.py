@@ -12,6 +12,7 @@ outside of jit, stacks nothing and compiles one small program per shape.
 """
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import optax
 from jopt.arrays import axes, counts, packing, patterns, selection, thresholds
 from jopt.arrays.counts import Count
 from jopt.pruning.allocation import Allocation, Units
-from jopt.pruning.scores import Score
+from jopt.pruning.scores import Score, ScoreInputs
 
 _LOT_SIZE = 1 << 25
 _TIERS = (1 << 10, 1 << 13, 1 << 16)  # sizes up to which small layers are padded
@@ -44,12 +45,14 @@ class Recipe(NamedTuple):
 class Leaf(NamedTuple):
     """What the mask of one leaf is computed from."""
 
-    param: jax.Array
-    grad: jax.Array | None
+    inputs: ScoreInputs
     score_state: Any
-    key: jax.Array
     stacked_axis: int | None
-    is_packed: bool  # how the state stores the mask
+
+    @property
+    def is_packed(self) -> bool:
+        """How the state stores the mask."""
+        return self.inputs.packed_mask.dtype == jnp.uint8
 
 
 def full_mask(param: jax.Array) -> jax.Array:
@@ -75,7 +78,7 @@ def in_one_program(
     leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """Compute all packed masks, and how many scores were not finite."""
-    scored = [layer_scores(*leaf[:5], recipe.score) for leaf in leaves]
+    scored = [layer_scores(*leaf, recipe.score) for leaf in leaves]
     lots = _lots(scored)
     stacked = [_stack([scored[i] for i in lot]) for lot in lots]
     masks, num_nonfinite = _masks(
@@ -96,7 +99,7 @@ def leaf_by_leaf(
     leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """Compute what `in_one_program` does, with one compiled program per shape."""
-    scored = [_jit_layer_scores(*leaf[:5], recipe.score) for leaf in leaves]
+    scored = [_jit_layer_scores(*leaf, recipe.score) for leaf in leaves]
     lots = [[i] for i in range(len(leaves))]
     masks, num_nonfinite = _masks(
         scored, lots, [s.shape[0] for s in scored], recipe, count, _COMPILED
@@ -109,12 +112,7 @@ def leaf_by_leaf(
 
 
 def layer_scores(
-    param: jax.Array,
-    grad: jax.Array | None,
-    score_state: Any,
-    key: jax.Array,
-    stacked_axis: int | None,
-    score: Score,
+    inputs: ScoreInputs, score_state: Any, stacked_axis: int | None, score: Score
 ) -> jax.Array:
     """Score a leaf: shape [layers, ...], NaN where not finite.
 
@@ -122,19 +120,22 @@ def layer_scores(
     does not take the place of a weight that can be kept.
     """
     try:
-        scores = score.scores(param, grad, score_state, key)
+        scores = score.scores(inputs, score_state)
     except (TypeError, AttributeError) as error:
-        if grad is not None:
+        if inputs.grad is not None:
             raise
         raise ValueError(
             "grads must be given for scores that read them, got None; "
             "call jopt.update_masks(pruned, state, params, grads=grads)"
         ) from error
-    if scores.shape != param.shape:
+    shape = inputs.param.shape
+    if scores.shape != shape:
         raise ValueError(
-            f"scores must return one score per weight, shape {param.shape}, got "
+            f"scores must return one score per weight, shape {shape}, got "
             f"{scores.shape}; a pattern reduces over blocks or channels"
         )
+    if scores.dtype == jnp.float64:  # selection compares keys of 32 bits
+        scores = scores.astype(jnp.float32)
     scores = jnp.where(jnp.isfinite(scores), scores, jnp.nan)
     return (
         scores[None] if stacked_axis is None else jnp.moveaxis(scores, stacked_axis, 0)
@@ -197,12 +198,16 @@ def _count_nan(stacked: Sequence[jax.Array]) -> jax.Array:
     for scores in joined + large:
         numbers = counts.clip_to_int(thresholds.count_numbers(scores), scores.size)
         total += (scores.size - numbers).astype(jnp.int32)
-    return total
+    # Inside shard_map the count is that of all devices, and the state the same on each.
+    varying = axes.varying_axes(total)
+    if not varying:
+        return total
+    return jax.lax.psum(total, varying)  # type: ignore[no-untyped-call]
 
 
 def _is_small(scores: jax.Array) -> bool:
     """Tell whether the layers [layers, ...] may be flattened and padded cheaply."""
-    return scores[0].size <= _TIERS[-1] and not axes.is_sharded(scores)
+    return math.prod(scores.shape[1:]) <= _TIERS[-1] and not axes.is_sharded(scores)
 
 
 def _pool(scores: jax.Array, pattern: patterns.Pattern) -> jax.Array:
@@ -222,12 +227,16 @@ def _nm_masks(scores: jax.Array, pattern: patterns.NM) -> jax.Array:
 def _top_k(units: jax.Array, kept: Count) -> jax.Array:
     """Mask the top `kept` units of each layer, one layer after another.
 
-    A loop and not `vmap`: under `vmap` every search would run until the slowest is
-    done.
+    A loop and not `vmap`: under `vmap` every search runs until the slowest is done. On
+    a mesh it has to be `vmap`, because a loop over layers that are spread over devices
+    would bring all of them to each.
     """
     if units.shape[0] == 1:
         first = Count(*(limb[0] for limb in kept))
         return selection.top_k_mask(units[0], first)[None]
+    if axes.is_sharded(units):
+        kept = jax.tree.map(lambda limb: axes.spread_like(limb, units), kept)
+        return jax.vmap(selection.top_k_mask)(units, kept)
     return jax.lax.map(lambda x: selection.top_k_mask(*x), (units, kept))
 
 
@@ -239,7 +248,9 @@ def _top_k_together(
     tiers: dict[int, list[int]] = {}
     for i, u in enumerate(units):
         if _is_small(u):
-            tiers.setdefault(bisect.bisect_left(_TIERS, u[0].size), []).append(i)
+            tiers.setdefault(
+                bisect.bisect_left(_TIERS, math.prod(u.shape[1:])), []
+            ).append(i)
         else:
             masks[i] = _top_k(u, kept[i])
     for tier in tiers.values():
@@ -257,7 +268,7 @@ def _top_k_padded(units: Sequence[jax.Array], kept: Sequence[Count]) -> list[jax
     """
     if len(units) == 1:
         return [_top_k(units[0], kept[0])]
-    width = max(u[0].size for u in units)
+    width = max(math.prod(u.shape[1:]) for u in units)
     dtype = jnp.result_type(*(u.dtype for u in units))
     rows = []
     for u in units:
@@ -269,17 +280,21 @@ def _top_k_padded(units: Sequence[jax.Array], kept: Sequence[Count]) -> list[jax
     )
     masks, start = [], 0
     for u in units:
-        rows_of_u = together[start : start + u.shape[0], : u[0].size]
+        rows_of_u = together[start : start + u.shape[0], : math.prod(u.shape[1:])]
         masks.append(rows_of_u.reshape(u.shape))
         start += u.shape[0]
     return masks
 
 
 def _lots(scored: Sequence[jax.Array]) -> list[list[int]]:
-    """Put leaves with layers of one shape and dtype together, up to the lot size."""
+    """Put leaves with layers of one shape and dtype together, up to the lot size.
+
+    What an explicit mesh places differently stays apart.
+    """
     lots: dict[Any, list[list[int]]] = {}
     for i, scores in enumerate(scored):
-        same = lots.setdefault((scores.shape[1:], scores.dtype), [[]])
+        kind = (scores.shape[1:], scores.dtype, axes.named_sharding(scores))
+        same = lots.setdefault(kind, [[]])
         if same[-1] and sum(scored[j].size for j in same[-1]) + scores.size > _LOT_SIZE:
             same.append([])
         same[-1].append(i)

@@ -14,7 +14,7 @@ Gupta, arXiv:1710.01878). Weights that are pruned keep receiving gradients in th
 optimizer; they return when a later mask keeps them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -110,6 +110,7 @@ def prune(
         leaves, treedef = jax.tree.flatten(params)
         stacks = rules.stacked_axis_of(stacked_axes, params)
         chosen = rules.select_leaves(select, params, stacked_axes=stacked_axes)
+        rules.warn_if_none(chosen, "prune")
         for leaf, path, axis, c in zip(
             leaves, paths.leaf_paths(params), stacks, chosen, strict=True
         ):
@@ -135,10 +136,15 @@ def prune(
         return (due & (count <= end_step)) | (count == end_step)
 
     def gather(
-        state: PruneState, params: optax.Params, grads: optax.Updates | None
+        state: PruneState,
+        params: optax.Params,
+        grads: optax.Updates | None,
+        extra_args: Mapping[str, Any],
     ) -> list[masks.Leaf]:
         stacks = rules.stacked_axis_of(stacked_axes, params)
-        return _selected_leaves(state, params, grads, stacks, random=score.random)
+        return _selected_leaves(
+            state, params, grads, extra_args, stacks, random=score.random
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -150,18 +156,20 @@ def prune(
         steps, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        state = state._replace(score_state=_remember(score, state, params, updates))
         treedef: Any
         packed, treedef = jax.tree.flatten(state.masks)
+        leaves = gather(state, params, updates, extra_args)
+        leaves = [
+            leaf._replace(score_state=score.update(leaf.inputs, leaf.score_state))
+            for leaf in leaves
+        ]
         num_nonfinite = state.num_nonfinite
         if update == "step" and packed:
             packed, num_nonfinite = jax.lax.cond(
                 is_due(state.count),
                 lambda: _placed_as(
                     (packed, num_nonfinite),
-                    masks.in_one_program(
-                        gather(state, params, updates), recipe, state.count
-                    ),
+                    masks.in_one_program(leaves, recipe, state.count),
                 ),
                 lambda: (packed, num_nonfinite),
             )
@@ -172,7 +180,7 @@ def prune(
         return new_updates, PruneState(
             count=optax.safe_increment(state.count),
             masks=new_masks,
-            score_state=state.score_state,
+            score_state=treedef.unflatten([leaf.score_state for leaf in leaves]),
             key=state.key,
             num_nonfinite=num_nonfinite,
             inner_state=inner_state,
@@ -182,20 +190,26 @@ def prune(
         return optax.GradientTransformationExtraArgs(init, update_fn)
 
     def refresh(
-        state: PruneState, params: optax.Params, grads: optax.Updates | None
+        state: PruneState,
+        params: optax.Params,
+        grads: optax.Updates | None,
+        extra_args: Mapping[str, Any],
     ) -> PruneState:
-        if not is_due(state.count):
-            return state
+        treedef: Any
+        old, treedef = jax.tree.flatten(state.masks)
         packed, num_nonfinite = masks.leaf_by_leaf(
-            gather(state, params, grads), recipe, state.count
+            gather(state, params, grads, extra_args), recipe, state.count
         )
-        treedef: Any = jax.tree.structure(state.masks)
+        # Where the old masks lie: the training step is compiled for that.
+        placed = [
+            jax.device_put(b, a.sharding) for a, b in zip(old, packed, strict=True)
+        ]
         return state._replace(
-            masks=treedef.unflatten(packed), num_nonfinite=num_nonfinite
+            masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite
         )
 
     pruned = HostPruned(init, update_fn)
-    pruned.refresh = refresh
+    pruned.refresh, pruned.is_due = refresh, is_due
     return pruned
 
 
@@ -226,26 +240,15 @@ def _placed_as(old: Any, new: Any) -> Any:
 def _mask_step(packed: Any, step: jax.Array, param: jax.Array) -> jax.Array:
     if is_masked_node(packed):
         return step
-    return jnp.where(packing.unpack_mask(packed), step, -param).astype(step.dtype)
-
-
-def _remember(
-    score: criteria.Score, state: PruneState, params: optax.Params, grads: optax.Updates
-) -> Any:
-    return jax.tree.map(
-        lambda m, p, g, s: m if is_masked_node(m) else score.update(p, g, s),
-        state.masks,
-        params,
-        grads,
-        state.score_state,
-        is_leaf=is_masked_node,
-    )
+    # In the wider of both dtypes: a rounded -param would leave a rest behind.
+    return jnp.where(packing.unpack_mask(packed), step, -param)
 
 
 def _selected_leaves(
     state: PruneState,
     params: optax.Params,
     grads: optax.Updates | None,
+    extra_args: Mapping[str, Any],
     stacks: list[int | None],
     *,
     random: bool,
@@ -260,12 +263,16 @@ def _selected_leaves(
     key = jax.random.fold_in(state.key, state.count) if random else state.key
     return [
         masks.Leaf(
-            param=p,
-            grad=g,
+            inputs=criteria.ScoreInputs(
+                param=p,
+                grad=g,
+                packed_mask=m,
+                count=state.count,
+                key=paths.fold_path(key, path) if random else key,
+                extra_args=extra_args,
+            ),
             score_state=s,
-            key=paths.fold_path(key, path) if random else key,
             stacked_axis=axis,
-            is_packed=m.dtype == jnp.uint8,
         )
         for p, g, s, m, path, axis in zip(
             leaves,

@@ -5,30 +5,47 @@ criterion of your own is such a function, passed by value:
 
     jopt.prune(inner, sparsity=0.9, scores=lambda param, grad: jnp.abs(param * grad))
 
-A criterion with memory or randomness is a `Score`: three functions on one leaf. Both
-see the params and gradients that enter the step. Next: `allocation`, how many weights
-each leaf gives.
+A criterion with memory, randomness, or an eye on the mask or the count is a `Score`:
+three functions on one leaf. All see what enters the step. Next: `allocation`, how many
+weights each leaf gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jopt.arrays import packing
+
+
+class ScoreInputs(NamedTuple):
+    """What a criterion sees of one leaf when a step begins."""
+
+    param: jax.Array
+    grad: Any  # as param; None where a host call got none
+    packed_mask: jax.Array  # as the state stores it
+    count: jax.Array  # type: ignore[assignment]  # shape=(), int32: updates so far
+    key: jax.Array  # folded from path and count for a `Score` with `random=True`
+    extra_args: Mapping[str, Any]  # what `update` got beside params
+
+    @property
+    def mask(self) -> jax.Array:
+        """The mask of the step before, True = kept."""
+        return packing.unpack_mask(self.packed_mask)
+
 
 class Score(NamedTuple):
     """A criterion with memory: functions on one leaf.
 
-    `init(param) -> state`; `update(param, grad, state) -> state`, called on every step;
-    `scores(param, grad, state, key) -> scores`, called when the mask is recomputed,
-    with a key folded from the leaf's path and the count; `random` says that the key is
-    used.
+    `init(param) -> state`; `update(inputs, state) -> state`, called on every step;
+    `scores(inputs, state) -> scores`, called when the mask is recomputed; `random` says
+    that `inputs.key` is used. The inputs are `ScoreInputs`.
     """
 
     init: Callable[[jax.Array], Any]
-    update: Callable[[jax.Array, jax.Array, Any], Any]
-    scores: Callable[[jax.Array, Any, Any, jax.Array], jax.Array]
+    update: Callable[[ScoreInputs, Any], Any]
+    scores: Callable[[ScoreInputs, Any], jax.Array]
     random: bool = False
 
 
@@ -46,8 +63,8 @@ def as_score(scores: ScoreFunction | Score) -> Score:
         )
     return Score(
         init=lambda param: (),
-        update=lambda param, grad, state: state,
-        scores=lambda param, grad, state, key: scores(param, grad),
+        update=lambda inputs, state: state,
+        scores=lambda inputs, state: scores(inputs.param, inputs.grad),
     )
 
 
@@ -68,7 +85,8 @@ def magnitude(param: jax.Array, grad: jax.Array) -> jax.Array:
 def saliency(param: jax.Array, grad: jax.Array) -> jax.Array:
     """Score by |w g|, the first-order change of the loss if w were removed.
 
-    The gradient is that of the current step alone.
+    The gradient is that of the current step alone; the product is taken in float32,
+    where float16 would underflow and leave ties.
 
     References:
         Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
@@ -78,7 +96,8 @@ def saliency(param: jax.Array, grad: jax.Array) -> jax.Array:
     >>> saliency(jnp.array([-2.0, 1.0]), jnp.array([0.5, 3.0]))
     Array([1., 3.], dtype=float32)
     """
-    return jnp.abs(param * grad)
+    wide = jnp.promote_types(param.dtype, jnp.float32)
+    return jnp.abs(param.astype(wide) * grad.astype(wide))
 
 
 def random() -> Score:
@@ -87,14 +106,12 @@ def random() -> Score:
     `jopt.prune` needs a `key=`, which it folds with the leaf's path and the count:
     another layer in the model does not reshuffle this one.
 
-    >>> import jax, jax.numpy as jnp
-    >>> w = jnp.zeros(2)
-    >>> random().scores(w, w, (), jax.random.key(0)).shape
-    (2,)
+    >>> random().random
+    True
     """
     return Score(
         init=lambda param: (),
-        update=lambda param, grad, state: state,
-        scores=lambda param, grad, state, key: jax.random.uniform(key, param.shape),
+        update=lambda inputs, state: state,
+        scores=lambda inputs, state: jax.random.uniform(inputs.key, inputs.param.shape),
         random=True,
     )

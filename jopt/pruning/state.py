@@ -25,9 +25,10 @@ class PruneState(NamedTuple):
 
 
 class HostPruned(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
-    """What `prune(..., update="host")` returns; `update_masks` reads its `refresh`."""
+    """What `prune(..., update="host")` returns, with what `update_masks` needs."""
 
     refresh: Callable[..., PruneState]
+    is_due: Callable[[Any], Any]
 
 
 def update_masks(
@@ -36,19 +37,25 @@ def update_masks(
     params: optax.Params,
     *,
     grads: optax.Updates | None = None,
+    count: int | None = None,
+    **extra_args: Any,
 ) -> optax.OptState:
     """Compute masks between two steps, for `prune(..., update="host")`.
 
-    Call it before every step, outside jit: it returns the state as it is unless a mask
-    update is due at the state's count, and then computes the masks that
-    `update="step"` would compute in that step. One small program is compiled per leaf
-    shape.
+    Call it before every step, outside jit, or nothing is pruned: it returns the state
+    as it is unless a mask update is due at the state's count, and then computes the
+    masks that `update="step"` would compute in that step. One small program is compiled
+    per leaf shape.
 
     Args:
         pruned: what `jopt.prune(..., update="host")` returned, not a chain around it.
         state: the whole optimizer state; the pruned state in it is found.
         params: the params of the next step.
-        grads: the gradients of the next step, for scores that read them.
+        grads: the gradients of the next step, for scores that read them; those that
+            reach `prune`, so around it `optax.MultiSteps` wants their average.
+        count: how many updates `prune` has made, if you know: asking the state waits
+            for the step in flight.
+        extra_args: for scores that read them.
 
     Returns:
         The whole optimizer state with new masks.
@@ -70,15 +77,20 @@ def update_masks(
             'pruned must be what jopt.prune(..., update="host") returned, got '
             f"{type(pruned).__name__}; keep it apart from the chain around it"
         )
-    found = len(states.find_states(state, PruneState))
-    if found != 1:
+    if count is not None and not pruned.is_due(count):
+        return state
+    found = states.find_states(state, PruneState)
+    if len(found) != 1 or found[0].count.ndim:
+        got = "a stack of them" if len(found) == 1 else len(found)
         raise ValueError(
-            f"state must hold one pruned state, got {found}; "
-            'use update="step" for several'
+            f"state must hold one pruned state, got {got}; "
+            'use update="step" for several, and under vmap or pmap'
         )
+    if count is None and not pruned.is_due(found[0].count):
+        return state
     return states.map_states(
         lambda pruned_state, seen: pruned.refresh(
-            pruned_state, seen, None if grads is None else grads
+            pruned_state, seen, grads, extra_args
         ),
         state,
         PruneState,

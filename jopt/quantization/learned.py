@@ -10,6 +10,7 @@ so d loss / d log s = sum of g q - (g inside) w over the group, scaled by
 Learned Step Size Quantization, arXiv:1902.08153, equations 3 and 5).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,13 +53,18 @@ def learn(
     state: ProjectState,
     specs: Any,
     on: jax.Array,
-    train: optax.GradientTransformation,
+    train: optax.GradientTransformationExtraArgs,
+    extra_args: Mapping[str, Any],
 ) -> QuantizeState:
-    """Step log s along sum(g * dq/ds) * s / sqrt(N * largest level), as LSQ does."""
+    """Step log s along sum(g * dq/ds) * s / sqrt(N * largest level), as LSQ does.
+
+    While not `on` nothing moves, the optimizer's count included: steps on zero
+    gradients would use up its bias correction.
+    """
     memory = state.projection_state
     grads = jax.tree.map(
         lambda spec, w, g, cut, s: (
-            spec if is_masked_node(spec) else _scale_gradient(w, g, cut, s, spec, on)
+            spec if is_masked_node(spec) else _scale_gradient(w, g, cut, s, spec)
         ),
         specs,
         state.latent,
@@ -67,13 +73,17 @@ def learn(
         memory.scale,
         is_leaf=is_masked_node,
     )
-    steps, optimizer_state = train.update(
-        grads, memory.scale_optimizer_state, memory.log_scale
+
+    def step() -> tuple[Any, Any]:
+        steps, optimizer_state = train.update(
+            grads, memory.scale_optimizer_state, memory.log_scale, **extra_args
+        )
+        return optax.apply_updates(memory.log_scale, steps), optimizer_state
+
+    log_scale, optimizer_state = jax.lax.cond(
+        on, step, lambda: (memory.log_scale, memory.scale_optimizer_state)
     )
-    return memory._replace(
-        log_scale=optax.apply_updates(memory.log_scale, steps),
-        scale_optimizer_state=optimizer_state,
-    )
+    return memory._replace(log_scale=log_scale, scale_optimizer_state=optimizer_state)
 
 
 def _scale_gradient(
@@ -82,7 +92,6 @@ def _scale_gradient(
     inside: jax.Array,
     scale: jax.Array,
     spec: QuantSpec,
-    on: jax.Array,
 ) -> jax.Array:
     """Return d loss / d log s = sum over the group of g q - (g inside) w."""
     q = fake_quantize(w, spec, scale=Scale(scale, None, None)).astype(jnp.float32)
@@ -91,4 +100,4 @@ def _scale_gradient(
     )
     total = sum_groups(terms, scale.shape)
     per_group = w.size // scale.size
-    return jnp.where(on, total / jnp.sqrt(per_group * highest_level(spec)), 0.0)
+    return total / jnp.sqrt(per_group * highest_level(spec))

@@ -32,7 +32,7 @@ from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.quantization.learned import inside_range, learn
 from jopt.quantization.specs import SpecOrRules, check_trainable, resolve_specs
 from jopt.quantization.state import QuantizeState
-from jopt.trees import rules
+from jopt.trees import paths, rules
 from jopt.updates.project import Projection, ProjectState, project, require_params
 from jopt.updates.states import is_masked_node, merge_masked
 
@@ -57,8 +57,7 @@ def quantize_weights(
 
     Args:
         inner: any Optax transformation, `jopt.prune` included: zeros stay zeros,
-        because
-            every grid with a zero keeps it.
+            because every grid with a zero keeps it.
         spec_or_rules: a `jopt.QuantSpec` for all selected leaves, or ordered rules
             `{pattern: spec or None}`, first match wins, None and no match leave alone.
         begin_step: count of the first update that quantizes.
@@ -78,8 +77,9 @@ def quantize_weights(
 
     Raises:
         ValueError: a rule matches nothing, a group size does not divide, learned scales
-            are asked of an asymmetric or microscaling format, or `bits_schedule` of a
-            format that is not an integer.
+            are asked of an asymmetric or microscaling format, `bits_schedule` of a
+            format that is not an integer, or scales other than "current" are to be
+            measured at once on a leaf of zeros (seen unless `init` is traced).
 
     References:
         Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned
@@ -97,14 +97,16 @@ def quantize_weights(
         raise ValueError(
             f"scales must be one of current, static, moving and learned, got {scales!r}"
         )
-    if not 0.0 <= decay < 1.0:
+    if isinstance(decay, int | float) and not 0.0 <= decay < 1.0:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
     if scales == "learned" and bits_schedule is not None:
         raise ValueError(
             "bits_schedule must be None for learned scales, which belong to one width, "
             "got a schedule; use moving scales with it"
         )
-    train = optax.adam(1e-2) if scale_optimizer is None else scale_optimizer
+    train = optax.with_extra_args_support(
+        optax.adam(1e-2) if scale_optimizer is None else scale_optimizer
+    )
 
     def bind(params: optax.Params) -> tuple[Any, optax.GradientTransformationExtraArgs]:
         """Resolve the rules for these params: the tree of specs and the projection."""
@@ -124,7 +126,13 @@ def quantize_weights(
         return specs, project(inner, projection, begin_step=begin_step, select=chosen)
 
     def init(params: optax.Params) -> ProjectState:
-        return bind(params)[1].init(params)
+        specs, tx = bind(params)
+        holes = jax.tree.leaves(specs, is_leaf=is_masked_node)
+        chosen = [not is_masked_node(spec) for spec in holes]
+        rules.warn_if_none(chosen, "quantize_weights")
+        if scales != "current" and _is_zero(begin_step):
+            _require_ranges(params, chosen, scales)
+        return tx.init(params)
 
     def update(
         updates: optax.Updates,
@@ -139,12 +147,30 @@ def quantize_weights(
             on = state.count > begin_step  # the entering params are on the grid
             inside = inside_range(updates, state, specs, bits, on)
             if scales == "learned":
-                learned = learn(updates, inside, state, specs, on, train)
+                learned = learn(updates, inside, state, specs, on, train, extra_args)
                 state = state._replace(projection_state=learned)
             updates = merge_masked(inside, updates, both=lambda gated, _: gated)
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_zero(begin_step: Any) -> bool:
+    """Tell what is known at trace time; an injected number is not."""
+    return isinstance(begin_step, int) and begin_step == 0
+
+
+def _require_ranges(params: optax.Params, chosen: list[bool], mode: str) -> None:
+    """Raise where there is nothing to measure; traced weights pass unseen."""
+    leaves = zip(chosen, paths.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    for is_chosen, path, leaf in leaves:
+        is_known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        if is_chosen and is_known and leaf.size and not bool(jnp.any(leaf != 0)):
+            raise ValueError(
+                f"scales={mode!r} measures weights at begin_step=0, got {path!r} with "
+                'zeros only; begin later, take scales="current", or leave it out by '
+                "a rule"
+            )
 
 
 def _bits(schedule: optax.Schedule | None, count: jax.Array) -> Any:
@@ -236,7 +262,7 @@ def _follow(
     begin_step: int,
 ) -> QuantizeState:
     """Bring ranges and learned scales up to this step's latent."""
-    if mode == "current" or (mode != "moving" and begin_step == 0):
+    if mode == "current" or (mode != "moving" and _is_zero(begin_step)):
         return state
     treedef: Any
     grids, treedef = jax.tree.flatten(specs)

@@ -92,7 +92,11 @@ def save(
 
 
 def restore(
-    path: str | pathlib.Path, *, like: Any = None, step: int | None = None
+    path: str | pathlib.Path,
+    *,
+    like: Any = None,
+    step: int | None = None,
+    with_metadata: bool = False,
 ) -> Any:
     """Restore the newest intact step, or the one asked for.
 
@@ -108,9 +112,11 @@ def restore(
             arrays or `jax.ShapeDtypeStruct`s, whose shardings are followed. Numbers and
             strings come from the checkpoint, functions from `like`.
         step: the number of the step; None for the newest that is intact.
+        with_metadata: whether to return what `save` got as `metadata`, too: that of the
+            step that was restored, which need not be the newest.
 
     Returns:
-        The tree.
+        The tree, or (tree, metadata).
 
     Raises:
         FileNotFoundError: there is no such step, or none at all.
@@ -141,6 +147,8 @@ def restore(
                 f"intact; damaged: {'; '.join(damage)}",
                 stacklevel=2,
             )
+        if with_metadata:
+            return tree, _metadata(version)
         return tree
     raise CheckpointError(
         f"path must hold an intact step, got {str(path)!r} with {'; '.join(damage)}; "
@@ -169,6 +177,9 @@ def read_metadata(
 ) -> dict[str, Any]:
     """Read the metadata of a step, without reading its arrays.
 
+    The newest step may turn out to be damaged: `restore(..., with_metadata=True)` gives
+    the metadata of the step that it restored.
+
     Args:
         path: the directory of all steps.
         step: the number of the step; None for the newest.
@@ -180,8 +191,7 @@ def read_metadata(
         FileNotFoundError: there is no such step, or none at all.
         CheckpointError: the manifest is damaged.
     """
-    newest = _wanted(_root(path), step)[0]
-    return dict(manifest.read(newest.directory)["metadata"])
+    return _metadata(_wanted(_root(path), step)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +201,10 @@ class _Version:
     step: int
     generation: int
     directory: pathlib.Path
+
+
+def _metadata(version: _Version) -> dict[str, Any]:
+    return dict(manifest.read(version.directory)["metadata"])
 
 
 class _ManifestHandler(ocp.PyTreeCheckpointHandler):  # type: ignore[misc]

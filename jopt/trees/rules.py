@@ -8,6 +8,7 @@ until proven otherwise, and raises with the names that come near.
 import dataclasses
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -112,6 +113,16 @@ def matching(*patterns: str) -> Matching:
             "matching must have at least one pattern, got none; '.*' matches every path"
         )
     return Matching(tuple(_compile(pattern).pattern for pattern in patterns))
+
+
+def warn_if_none(chosen: Sequence[bool], name: str) -> None:
+    """Warn that a transformation has nothing to do on a tree with leaves."""
+    if chosen and not any(chosen):
+        warnings.warn(
+            f"{name} selects none of {len(chosen)} leaves: by default those are float "
+            "leaves with two axes or more; choose others with select=",
+            stacklevel=4,
+        )
 
 
 def select_leaves(

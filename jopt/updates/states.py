@@ -54,17 +54,20 @@ def map_states(
     out when `fn` does not use them.
     """
 
+    def seen_by(node: Any, params: Any) -> Any:
+        is_projected = isinstance(node, ProjectState) and params is not None
+        return seen_params(node, params) if is_projected else params
+
     def visit(node: Any, params: Any) -> Any:
         if isinstance(node, kind):
             inner = getattr(node, "inner_state", None)
             if inner is not None:
-                node = node._replace(inner_state=walk(inner, params))
+                node = node._replace(inner_state=walk(inner, seen_by(node, params)))
             return fn(node, params)
         if isinstance(node, ProjectState):
-            seen = None if params is None else seen_params(node, params)
             return node._replace(
                 projection_state=walk(node.projection_state, params),
-                inner_state=walk(node.inner_state, seen),
+                inner_state=walk(node.inner_state, seen_by(node, params)),
             )
         return node
 

@@ -69,3 +69,18 @@ def test_errors():
         soft_target_loss(STUDENT, TEACHER[:, :3])
     with pytest.raises(ValueError, match="temperature must be positive"):
         soft_target_loss(STUDENT, TEACHER, temperature=0)
+
+
+def test_classes_that_both_mask_cost_nothing():
+    """0 log 0 = 0, in value and gradient; -200 underflows to the same 0."""
+    hidden = np.float32([0.0, 0.0, 0.0, 0.0, 0.0, -np.inf, -np.inf])
+    teacher = TEACHER + np.where(np.arange(7) == 5, -200.0, hidden).astype(np.float32)
+    student = STUDENT + hidden
+    loss, grad = jax.value_and_grad(lambda s: soft_target_loss(s, teacher).sum())(
+        student
+    )
+    expected = soft_target_loss(STUDENT[:, :5], TEACHER[:, :5])
+    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-5)
+    assert np.isfinite(grad).all() and (grad[:, 5:] == 0).all()
+    # What the teacher believes in and the student excludes is infinitely wrong.
+    assert np.isinf(soft_target_loss(student, TEACHER)).all()

@@ -150,6 +150,18 @@ def test_host_update_needs_its_own_handle_and_one_state():
     pruned = jopt.prune(optax.sgd(0.1), sparsity=0.5, update="host")
     with pytest.raises(ValueError, match="one pruned state, got 0"):
         jopt.update_masks(pruned, optax.sgd(0.1).init(params), params)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), pruned.init(params))
+    with pytest.raises(ValueError, match="got a stack of them"):
+        jopt.update_masks(pruned, stacked, params)
+
+
+def test_host_update_does_not_ask_the_state_when_told_the_count():
+    pruned = jopt.prune(optax.sgd(0.1), sparsity=0.5, every_steps=3, update="host")
+    params = contract.make_params()
+    state = pruned.init(params)
+    assert jopt.update_masks(pruned, state, params, count=1) is state
+    due = jopt.update_masks(pruned, state, params, count=3)
+    assert int(jopt.get_masks(due)["head"]["kernel"].sum()) == contract.HALF
 
 
 def test_host_update_without_the_gradients_that_a_score_reads_raises():
@@ -186,8 +198,8 @@ def test_a_score_with_memory():
     """A running mean of gradients, as an extension would write it."""
     score = jopt.scores.Score(
         init=jnp.zeros_like,
-        update=lambda param, grad, state: state + grad,
-        scores=lambda param, grad, state, key: jnp.abs(state),
+        update=lambda inputs, state: state + inputs.grad,
+        scores=lambda inputs, state: jnp.abs(state),
     )
     tx = jopt.prune(optax.sgd(0.0), sparsity=0.5, scores=score, begin_step=2)
     start = contract.make_params()
@@ -198,6 +210,36 @@ def test_a_score_with_memory():
     np.testing.assert_array_equal(
         np.asarray(params["dense"]["kernel"]) != 0, oracle_mask(np.abs(total), 0.5)
     )
+
+
+def test_a_score_sees_mask_count_and_extra_args():
+    """Regrowth: on count 1 drop one kept weight, and grow what `extra_args` favours."""
+
+    def scores(inputs, state):
+        regrown = jnp.where(inputs.mask, 1.0, inputs.extra_args["favour"]["w"])
+        return jnp.where(inputs.count == 0, inputs.param, regrown)
+
+    score = jopt.scores.Score(lambda param: (), lambda inputs, state: state, scores)
+    tx = jopt.prune(optax.sgd(0.0), sparsity=0.5, scores=score)
+    params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+    favour = {"w": jnp.array([[0.0, 0.0, 0.0, 2.0]])}
+    state = tx.init(params)
+    for expected in ([True, True, False, False], [True, False, False, True]):
+        _, state = tx.update(params, state, params, favour=favour)
+        np.testing.assert_array_equal(jopt.get_masks(state)["w"][0], expected)
+
+
+def test_saliency_does_not_underflow_in_float16():
+    w = jnp.linspace(0.01, 0.02, 64, dtype=jnp.float16)
+    g = jnp.full_like(w, 1e-6)
+    scores = np.asarray(jopt.scores.saliency(w, g))
+    assert scores.dtype == np.float32 and (np.diff(scores) > 0).all()
+
+
+def test_nothing_to_prune_warns():
+    tx = jopt.prune(optax.sgd(0.1), sparsity=0.5)
+    with pytest.warns(UserWarning, match="prune selects none of 1 leaves"):
+        tx.init({"bias": jnp.ones(4)})
 
 
 def test_non_finite_scores_rank_last_and_are_counted():

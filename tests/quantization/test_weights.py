@@ -121,8 +121,7 @@ def test_scale_gradient_is_the_one_of_lsq():
         lambda x: jopt.fake_quantize(x, spec, scale=Scale(jnp.asarray(s))), w
     )
     actual = _scale_gradient(
-        jnp.asarray(w), jnp.asarray(g), pull(jnp.asarray(g))[0], jnp.asarray(s), spec,
-        jnp.bool_(True),
+        jnp.asarray(w), jnp.asarray(g), pull(jnp.asarray(g))[0], jnp.asarray(s), spec
     )  # fmt: skip
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
@@ -238,3 +237,58 @@ def test_quantize_a_bare_array_or_a_tree():
     assert isinstance(vector, jopt.QuantizedArray)
     with pytest.raises(TypeError, match="bare array"):
         jopt.quantize(w, {".*": spec})
+
+
+@pytest.mark.parametrize("mode", ["static", "moving", "learned"])
+def test_zeros_have_no_range_to_measure(mode):
+    params = contract.make_params()
+    params["head"]["kernel"] *= 0
+    tx = jopt.quantize_weights(optax.sgd(0.1), GRIDS["int8"], scales=mode)
+    with pytest.raises(ValueError, match="head/kernel"):
+        tx.init(params)
+    later = jopt.quantize_weights(
+        optax.sgd(0.1), GRIDS["int8"], scales=mode, begin_step=1
+    )
+    later.init(params)
+
+
+def test_learned_scales_start_their_optimizer_when_they_start():
+    """Adam's first steps are as large as they would have been at count 0."""
+    moved = []
+    for begin in (0, 20):
+        tx = jopt.quantize_weights(
+            optax.sgd(0.0), GRIDS["int8"], scales="learned", begin_step=begin
+        )
+        params = contract.make_params()
+        params, state = contract.train(tx, params, begin + 1)
+        first = state.projection_state.log_scale["dense"]["kernel"]
+        update = jax.jit(tx.update)
+        for step in range(5):
+            grads = contract.make_grads(params, step)
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        last = state.projection_state.log_scale["dense"]["kernel"]
+        moved.append(np.asarray(last - first))
+    np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5, atol=1e-7)
+
+
+def test_hyperparameters_can_be_injected():
+    tx = optax.inject_hyperparams(
+        jopt.quantize_weights, static_args=("inner", "spec_or_rules", "scales")
+    )(optax.sgd(0.1), GRIDS["int8"], scales="moving", begin_step=2, decay=0.9)
+    params, state = contract.train(tx, contract.make_params(), num_steps=4)
+    assert state.hyperparams["decay"] == np.float32(0.9)
+    # As the plain transformation, to the rounding of a float32 decay.
+    plain = jopt.quantize_weights(
+        optax.sgd(0.1), GRIDS["int8"], scales="moving", begin_step=2, decay=0.9
+    )
+    expected, _ = contract.train(plain, contract.make_params(), num_steps=4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), params, expected
+    )
+
+
+def test_nothing_to_quantize_warns():
+    tx = jopt.quantize_weights(optax.sgd(0.1), GRIDS["int8"])
+    with pytest.warns(UserWarning, match="quantize_weights selects none of 1 leaves"):
+        tx.init({"bias": jnp.ones(4)})

@@ -58,6 +58,15 @@ def test_falls_back_and_names_the_damage(damaged):
     assert restore(damaged, step=1)["step"] == 1
 
 
+def test_metadata_is_that_of_the_step_restored(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, {**TREE, "x": step}, step=step, metadata={"at": step})
+    flip(largest(tmp_path / "2"))
+    with pytest.warns(UserWarning, match="restored step 1"):
+        tree, metadata = restore(tmp_path, with_metadata=True)
+    assert metadata == {"at": 1} and tree["x"] == 1
+
+
 def test_all_damaged(damaged):
     flip(largest(damaged / "0"))
     largest(damaged / "1").unlink()

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jopt
+from jopt.updates.project import ProjectState
+from jopt.updates.states import map_states
 from tests import contract
 
 settings.register_profile("jopt", deadline=None, derandomize=True, max_examples=30)
@@ -123,6 +125,22 @@ def test_a_projection_with_memory():
         params = optax.apply_updates(params, updates)
         np.testing.assert_array_equal(params["w"], expected)
     assert [int(c) for c in counts] == [0, 1]
+
+
+def test_states_inside_a_projected_state_see_its_latent():
+    tx = jopt.project(
+        jopt.project(optax.sgd(0.1), contract.quarter_grid), contract.quarter_grid
+    )
+    params = {"w": jnp.array([1.0])}
+    state = tx.init({"w": jnp.array([0.2])})
+    seen = []
+
+    def look(state, params):
+        seen.append(params["w"][0])
+        return state
+
+    map_states(look, state, ProjectState, params=params)
+    np.testing.assert_allclose(seen, [0.2, 1.0])
 
 
 def test_unmatched_selection_raises_with_near_names():
