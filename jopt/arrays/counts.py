@@ -158,6 +158,7 @@ def num_pruned(size: int, sparsity: ArrayLike) -> "int | Count":
 
     Raises:
       ValueError: If a Python sparsity is outside [0, 1] or an array is no scalar.
+      TypeError: If the sparsity is no number.
 
     >>> num_pruned(25, 0.9)  # 22.5 to even
     22
@@ -173,6 +174,10 @@ def num_pruned(size: int, sparsity: ArrayLike) -> "int | Count":
         parts = int(np.round(np.float32(sparsity) * np.float32(_PARTS)))
         whole, rest = divmod(parts * size, _PARTS)
         return whole + (2 * rest + whole % 2 > _PARTS)
+    if not isinstance(sparsity, np.ndarray | jax.Array):
+        raise TypeError(
+            f"sparsity must be a number or a scalar array, got {sparsity!r}"
+        )
     sparsity = jnp.asarray(sparsity, jnp.float32)
     if sparsity.ndim:
         raise ValueError(

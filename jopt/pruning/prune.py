@@ -27,7 +27,7 @@ from jopt.pruning import masks
 from jopt.pruning import scores as criteria
 from jopt.pruning.state import HostPruned, PruneState
 from jopt.trees import paths, rules
-from jopt.updates.project import require_params
+from jopt.updates.project import require_count, require_params
 from jopt.updates.states import is_masked_node
 
 
@@ -318,12 +318,14 @@ def _check(
             f"sparsity must be a fraction in [0, 1], got {sparsity}; "
             "90 % of zeros is 0.9"
         )
-    for name, value, least in (
-        ("every_steps", every_steps, 1),
-        ("begin_step", begin_step, 0),
-        ("end_step", end_step, begin_step),
-    ):
-        if isinstance(value, int) and isinstance(least, int) and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    require_count("every_steps", every_steps, least=1)
+    require_count("begin_step", begin_step)
+    is_known = isinstance(begin_step, int)
+    require_count("end_step", end_step, least=begin_step if is_known else 0)
+    if not callable(allocation):
+        raise TypeError(
+            "allocation must be a function (units, sparsity) -> kept, got "
+            f"{allocation!r}; jopt.allocation has uniform and global_ranking"
+        )
     if update not in ("step", "host"):
         raise ValueError(f'update must be "step" or "host", got {update!r}')

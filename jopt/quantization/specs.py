@@ -32,8 +32,13 @@ def resolve_specs(
     leaves, treedef = paths.flatten_with_path(tree)
     if isinstance(spec_or_rules, QuantSpec):
         specs: list[QuantSpec | None] = [spec_or_rules] * len(leaves)
-    else:
+    elif isinstance(spec_or_rules, Mapping | list | tuple):
         specs = rules.resolve(spec_or_rules, tree)
+    else:
+        raise TypeError(
+            "spec_or_rules must be a jopt.QuantSpec or rules {pattern: spec}, got "
+            f"{spec_or_rules!r}; for example jopt.QuantSpec(jopt.formats.int8)"
+        )
     chosen = rules.select_leaves(select, tree, stacked_axes=stacked_axes)
     stacks = rules.stacked_axis_of(stacked_axes, tree)
     found: list[Any] = []

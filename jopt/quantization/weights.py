@@ -33,7 +33,13 @@ from jopt.quantization.learned import inside_range, learn
 from jopt.quantization.specs import SpecOrRules, check_trainable, resolve_specs
 from jopt.quantization.state import QuantizeState
 from jopt.trees import paths, rules
-from jopt.updates.project import Projection, ProjectState, project, require_params
+from jopt.updates.project import (
+    Projection,
+    ProjectState,
+    project,
+    require_count,
+    require_params,
+)
 from jopt.updates.states import is_masked_node, merge_masked
 
 ScaleMode = Literal["current", "static", "moving", "learned"]
@@ -93,6 +99,7 @@ def quantize_weights(
     >>> optax.apply_updates(params, updates)["w"].ravel()
     Array([ 0.7006836 , -0.30029297,  0.10009766], dtype=float32)
     """
+    require_count("begin_step", begin_step)
     if scales not in ("current", "static", "moving", "learned"):
         raise ValueError(
             f"scales must be one of current, static, moving and learned, got {scales!r}"
@@ -127,8 +134,8 @@ def quantize_weights(
 
     def init(params: optax.Params) -> ProjectState:
         specs, tx = bind(params)
-        holes = jax.tree.leaves(specs, is_leaf=is_masked_node)
-        chosen = [not is_masked_node(spec) for spec in holes]
+        treedef: Any = jax.tree.structure(params)
+        chosen = [not is_masked_node(s) for s in treedef.flatten_up_to(specs)]
         rules.warn_if_none(chosen, "quantize_weights")
         if scales != "current" and _is_zero(begin_step):
             _require_ranges(params, chosen, scales)

@@ -186,7 +186,8 @@ def stacked_axis_of(stacked_axes: StackedAxes, tree: Any) -> list[int | None]:
         Per leaf its stacked axis, counted from 0, or None.
 
     Raises:
-        ValueError: a rule names an axis that its leaf lacks, or matches nothing.
+        ValueError: a rule names an axis that its leaf lacks, or matches nothing; no
+            leaf has the one axis.
 
     >>> params = {"layers": jnp.ones((12, 8, 8)), "head": jnp.ones((8, 2))}
     >>> stacked_axis_of({"layers": 0}, params)
@@ -197,6 +198,11 @@ def stacked_axis_of(stacked_axes: StackedAxes, tree: Any) -> list[int | None]:
         return [None] * len(leaves)
     if isinstance(stacked_axes, int):
         ranks = [np.ndim(leaf) if _is_array(leaf) else 0 for _, leaf in leaves]
+        if ranks and not any(-rank <= stacked_axes < rank for rank in ranks):
+            raise ValueError(
+                f"stacked_axes must be an axis of some leaf, got {stacked_axes} for "
+                f"leaves of at most {max(ranks)} axes"
+            )
         return [
             stacked_axes % rank if -rank <= stacked_axes < rank else None
             for rank in ranks

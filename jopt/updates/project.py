@@ -67,6 +67,12 @@ def require_params(params: optax.Params | None, name: str) -> None:
         )
 
 
+def require_count(name: str, value: Any, *, least: int = 0) -> None:
+    """Raise if a number of steps is no integer or too small; traced ones pass."""
+    if isinstance(value, float) or (isinstance(value, int) and value < least):
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
+
+
 def _memoryless(projection: Callable[[optax.Params], optax.Params]) -> Projection:
     return Projection(
         init=lambda params: optax.EmptyState(),
@@ -104,7 +110,8 @@ def project(
         A transformation with one full-size copy of the selected leaves in its state.
 
     Raises:
-        ValueError: at update, if params are not passed.
+        ValueError: `begin_step` is negative, a selection matches nothing, or, at
+            update, params are not passed.
 
     References:
         Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons,
@@ -122,6 +129,7 @@ def project(
     >>> params["w"], state.latent["w"]
     (Array([-1., -1.], dtype=float32), Array([-0.25, -2.25], dtype=float32))
     """
+    require_count("begin_step", begin_step)
     inner = optax.with_extra_args_support(inner)
     step = projection if isinstance(projection, Projection) else _memoryless(projection)
     select = _every_float_leaf if select is None else select

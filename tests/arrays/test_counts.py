@@ -125,3 +125,5 @@ def test_a_python_number_out_of_range_is_refused(sparsity):
 def test_a_sparsity_for_each_layer_is_refused():
     with pytest.raises(ValueError, match="sparsity must be a scalar, got shape"):
         counts.num_pruned(100, jnp.zeros(3))
+    with pytest.raises(TypeError, match="sparsity must be a number"):
+        counts.num_pruned(4, "0.5")

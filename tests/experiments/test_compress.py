@@ -10,14 +10,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 import jopt
 from experiments.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent.parent
-# One run of the job serves all: under `--dist loadgroup` they share a process.
-pytestmark = pytest.mark.xdist_group("compress")
 
 
 def start(folder, *options):
@@ -35,10 +32,18 @@ def start(folder, *options):
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run that is killed once it has begun its second variant, then finished."""
-    folder = tmp_path_factory.mktemp("job") / "compress"
+def test_the_main_job(tmp_path):
+    """One run serves all checks: processes that test in parallel share no fixture."""
+    folder = tmp_path / "compress"
+    run_killed_once(folder)
+    check_every_variant_is_there_and_ships_what_it_says(folder)
+    check_artefacts_are_compressed_arrays(folder)
+    check_pictures_and_report_are_self_contained(folder)
+    check_other_options_in_the_same_folder_are_refused(folder)
+
+
+def run_killed_once(folder):
+    """Kill the job once it has begun its second variant, then finish it."""
     process = start(folder)
     first = folder / "runs" / "dense" / "seed_0" / "result.json"
     deadline = time.monotonic() + 240
@@ -53,10 +58,9 @@ def folder(tmp_path_factory):
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert first.stat().st_mtime_ns == made, "a finished run was done again"
-    return folder
 
 
-def test_every_variant_is_there_and_ships_what_it_says(folder):
+def check_every_variant_is_there_and_ships_what_it_says(folder):
     rows = {
         row["name"]: row
         for row in json.loads((folder / "results.json").read_text())["rows"]
@@ -78,7 +82,7 @@ def test_every_variant_is_there_and_ships_what_it_says(folder):
         assert row["bytes"] == on_disk
 
 
-def test_artefacts_are_compressed_arrays(folder):
+def check_artefacts_are_compressed_arrays(folder):
     shipped = {
         v.name: jopt.restore(folder / "runs" / v.name / "seed_0" / "artefact")
         for v in VARIANTS
@@ -96,7 +100,7 @@ def test_artefacts_are_compressed_arrays(folder):
     assert int((groups != 0).sum(axis=3).max()) <= 2
 
 
-def test_pictures_and_report_are_self_contained(folder):
+def check_pictures_and_report_are_self_contained(folder):
     for name in ("accuracy_bytes.png", "sparsity.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
@@ -104,7 +108,7 @@ def test_pictures_and_report_are_self_contained(folder):
     assert "http://" not in page and "https://" not in page
 
 
-def test_other_options_in_the_same_folder_are_refused(folder):
+def check_other_options_in_the_same_folder_are_refused(folder):
     process = start(folder, "--learning-rate", "0.1")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2

@@ -328,16 +328,21 @@ ERRORS = {
     "begin": (lambda: {"sparsity": 0.5, "begin_step": -1}, "begin_step must be"),
     "end": (
         lambda: {"sparsity": 0.5, "begin_step": 5, "end_step": 4},
-        "end_step must be at least 5",
+        "end_step must be an integer of at least 5, got 4",
     ),
+    "half a step": (lambda: {"sparsity": 0.5, "begin_step": 1.5}, "an integer"),
     "update": (lambda: {"sparsity": 0.5, "update": "later"}, "update must be"),
+    "allocation": (
+        lambda: {"sparsity": 0.5, "allocation": "uniform"},
+        "allocation must be a function",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_wrong_arguments_raise_at_construction(case):
     options, message = ERRORS[case]
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         jopt.prune(optax.sgd(0.1), **options())
     assert "\n" not in str(error.value)
 

@@ -175,6 +175,7 @@ def test_pruned_zeros_survive_and_both_hold_together():
 
 ERRORS = {
     "mode": (lambda: {"scales": "best"}, "scales must be one of"),
+    "begin": (lambda: {"begin_step": -1}, "begin_step must be"),
     "decay": (lambda: {"decay": 1.0}, "decay must be in"),
     "learned bits": (
         lambda: {
@@ -207,6 +208,8 @@ LEAF_ERRORS = {
         "dense/kernel",
     ),
     "rule": ({"dense/kernal": GRIDS["int8"]}, {}, "near names"),
+    "name": ("int8", {}, "spec_or_rules must be a jopt.QuantSpec"),
+    "format": (jopt.formats.int8, {}, "spec_or_rules must be a jopt.QuantSpec"),
 }
 
 
@@ -218,7 +221,7 @@ def test_what_does_not_fit_a_leaf_names_it(case):
     params = jax.tree.map(
         lambda x: jnp.concatenate([x, x]) if x.ndim > 1 else x, params
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         tx.init(params)
 
 

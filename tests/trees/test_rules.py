@@ -74,6 +74,8 @@ def test_predicates():
     assert chosen(rules.matching(".*/bias", "layers")) == PATHS[:1] + ["layers"]
     with pytest.raises(ValueError, match="near names: 'layers'"):
         chosen(rules.matching("layer"))
+    with pytest.raises(ValueError, match="stacked_axes must be an axis of some leaf"):
+        rules.stacked_axis_of(5, {"layers": np.ones((2, 3))})
     with pytest.raises(ValueError, match="at least one pattern"):
         rules.matching()
 
@@ -116,6 +118,7 @@ NAMES = st.text("ab.[(/", min_size=1, max_size=4)
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.dictionaries(NAMES, st.integers(), max_size=4), NAMES)
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 def test_an_error_is_always_a_sentence(tree, pattern):
     try:
         values = rules.resolve({pattern: 1}, tree)
