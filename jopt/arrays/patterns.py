@@ -253,17 +253,34 @@ def _blocks(shape: tuple[int, ...], pattern: Block) -> list[tuple[int, int]]:
 def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
     """Keeps an element that fewer than n of its group precede.
 
-    All m^2 pairs are compared in one fused pass: nothing is sorted or stored. Written
-    out for small m, XLA vectorizes the pass along the last axis as well.
+    All m^2 pairs are compared in one fused pass: nothing is sorted or stored. How the
+    pass is written decides whether XLA vectorizes it.
     """
     axis = pattern.axis % scores.ndim
     keys = axes.split_axis(selection.ordered_keys(scores), axis, pattern.m)
-    rank = _ranks_written_out if pattern.m <= _WRITTEN_OUT else _ranks
+    if pattern.m > _WRITTEN_OUT:
+        rank = _ranks
+    elif axis == scores.ndim - 1:
+        rank = _ranks_by_column
+    else:
+        rank = _ranks_by_row
     return axes.merge_axis(rank(keys, axis + 1) < pattern.n, axis)
 
 
-def _ranks_written_out(keys: jax.Array, axis: int) -> jax.Array:
-    """Counts those before each element of its group, one comparison at a time."""
+def _ranks_by_row(keys: jax.Array, axis: int) -> jax.Array:
+    """Counts those before each element, where groups do not lie along the last axis."""
+    place = np.arange(keys.shape[axis])
+    place = place.reshape((1,) * axis + place.shape + (1,) * (keys.ndim - axis - 1))
+    ranks = jnp.zeros_like(keys, jnp.uint8)
+    for i in range(keys.shape[axis]):
+        other = lax.slice_in_dim(keys, i, i + 1, axis=axis)
+        precedes = jnp.where(place > i, other >= keys, other > keys)
+        ranks = ranks + precedes.astype(jnp.uint8)
+    return ranks
+
+
+def _ranks_by_column(keys: jax.Array, axis: int) -> jax.Array:
+    """Counts those before each element, where groups lie along the last axis."""
     columns = [
         lax.index_in_dim(keys, i, axis, keepdims=False) for i in range(keys.shape[axis])
     ]
