@@ -236,15 +236,11 @@ def check_scale(
 ) -> Scale:
     """Return given scales in the spec's dtype, or raise if they do not fit."""
     given = scale if isinstance(scale, Scale) else Scale(jnp.asarray(scale))
-    sizes = jnp.shape(given.scale)
-    if len(sizes) != len(shape) or any(
-        kept not in (1, size) and size % max(kept, 1)
-        for kept, size in zip(sizes, shape, strict=True)
-    ):
+    sizes, wanted = jnp.shape(given.scale), scale_shape(shape, spec, path=path)
+    if sizes != wanted:
         raise ValueError(
-            f"scale must have the rank of {path!r} and sizes that divide its, got "
-            f"{sizes} for shape {shape}: {spec} has scales of shape "
-            f"{scale_shape(shape, spec, path=path)}"
+            f"scale must have the shape {wanted} that {spec} asks of {path!r}, whose "
+            f"shape is {shape}, got {sizes}: pass scales of the same spec and shape"
         )
     if (given.zero_point is None) != spec.symmetric:
         raise ValueError(

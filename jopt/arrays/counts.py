@@ -151,7 +151,7 @@ def num_pruned(size: int, sparsity: ArrayLike) -> "int | Count":
     Args:
       size: The number of elements.
       sparsity: The fraction to prune, a Python number or a scalar array. An array is
-        clipped to [0, 1] (NaN prunes nothing), since its value may not be known.
+        clipped to [0, 1] (a traced NaN prunes nothing), since it may not be known.
 
     Returns:
       An integer for a Python number, a `Count` for an array.
@@ -178,6 +178,8 @@ def num_pruned(size: int, sparsity: ArrayLike) -> "int | Count":
         raise TypeError(
             f"sparsity must be a number or a scalar array, got {sparsity!r}"
         )
+    if not isinstance(sparsity, jax.core.Tracer) and bool(jnp.isnan(sparsity).any()):
+        raise ValueError("sparsity must be in [0, 1], got nan: look at the schedule")
     sparsity = jnp.asarray(sparsity, jnp.float32)
     if sparsity.ndim:
         raise ValueError(

@@ -27,6 +27,8 @@ from jopt.arrays import axes
 def pack_mask(mask: ArrayLike) -> jax.Array:
     """Stores a mask at one bit per element where 8 divides its last axis.
 
+    On an explicit mesh, where 8 divides the part of it that a device holds.
+
     `packed[..., j] = sum_i mask[..., 8 j + i] << i`.
 
     Args:
@@ -50,9 +52,23 @@ def pack_mask(mask: ArrayLike) -> jax.Array:
             f"mask must be boolean, got {mask.dtype}{list(mask.shape)}: compare it "
             "with zero first, or unpack it if it is packed already"
         )
-    if mask.ndim == 0 or mask.size == 0 or mask.shape[-1] % 8:
+    if mask.ndim == 0 or mask.size == 0:
+        return mask
+    if mask.shape[-1] // axes.num_parts(mask, -1) % 8:
         return mask
     return jnp.packbits(mask, axis=-1, bitorder="little")
+
+
+def is_mask_of(mask: jax.Array, shape: tuple[int, ...]) -> bool:
+    """Say whether a mask, packed or not, belongs to an array of a shape.
+
+    >>> is_mask_of(jnp.zeros((2, 1), jnp.uint8), (2, 8))
+    True
+    """
+    if mask.dtype == jnp.bool_:
+        return mask.shape == shape
+    packed = (*mask.shape[:-1], 8 * mask.shape[-1]) if mask.ndim else ()
+    return mask.dtype == jnp.uint8 and packed == shape
 
 
 def unpack_mask(packed: ArrayLike) -> jax.Array:

@@ -44,10 +44,11 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses what is no pattern."""
-        if not 1 <= self.n <= self.m:
+        integers = isinstance(self.n, int) and isinstance(self.m, int)
+        if not (integers and 1 <= self.n <= self.m):
             raise ValueError(
-                f"NM needs 1 <= n <= m, got n={self.n} and m={self.m}: NM(2, 4) keeps "
-                "two of every four"
+                f"NM needs integers 1 <= n <= m, got n={self.n} and m={self.m}: "
+                "NM(2, 4) keeps two of every four"
             )
 
 
@@ -55,7 +56,8 @@ class NM:
 class Block:
     """Blocks that tile the last axes are kept or pruned as one.
 
-    A block's score is the mean of its scores in float32, or the largest of them.
+    A block's score is the mean of its scores, or the largest of them, in float32 (where
+    XLA for CPU takes subnormal numbers for zeros).
     """
 
     shape: tuple[int, ...]
@@ -63,10 +65,10 @@ class Block:
 
     def __post_init__(self) -> None:
         """Refuses what is no pattern."""
-        if not self.shape or min(self.shape) < 1:
+        if not (isinstance(self.shape, tuple) and self.shape and min(self.shape) > 0):
             raise ValueError(
-                f"Block needs positive sizes, got shape={self.shape}: Block((4, 4)) "
-                "tiles the last two axes"
+                f"Block needs a tuple of positive sizes, got shape={self.shape}: "
+                "Block((4, 4)) tiles the last two axes"
             )
         if self.reduce not in ("mean", "max"):
             raise ValueError(

@@ -56,15 +56,8 @@ class Leaf(NamedTuple):
 
 
 def full_mask(param: jax.Array) -> jax.Array:
-    """Return the mask that keeps all of `param`, sharded alike, packed where possible.
-
-    A last axis that an explicit mesh splits into pieces that 8 does not divide stays
-    bool.
-    """
-    mask = jnp.ones_like(param, jnp.bool_)
-    if mask.ndim == 0 or mask.shape[-1] // axes.num_parts(mask, -1) % 8:
-        return mask
-    return packing.pack_mask(mask)
+    """Return the mask that keeps all of `param`, sharded alike, packed if possible."""
+    return packing.pack_mask(jnp.ones_like(param, jnp.bool_))
 
 
 def layer_shape(param: jax.Array, stacked_axis: int | None) -> tuple[int, ...]:

@@ -27,7 +27,12 @@ from jopt.pruning import masks
 from jopt.pruning import scores as criteria
 from jopt.pruning.state import HostPruned, PruneState
 from jopt.trees import paths, rules
-from jopt.updates.project import require_count, require_params
+from jopt.updates.project import (
+    require_count,
+    require_floats,
+    require_params,
+    require_transformation,
+)
 from jopt.updates.states import is_masked_node
 
 
@@ -81,6 +86,7 @@ def prune(
         A transformation; `jopt.get_masks(state)` reads its masks.
 
     Raises:
+        TypeError: `inner` is no transformation, or params hold quantized arrays.
         ValueError: a number is out of range, `sparsity` is missing or clashes with the
             pattern, a leaf's shape does not fit the pattern, or a rule matches nothing.
 
@@ -96,7 +102,7 @@ def prune(
     Array([[2.9, 0. , 1.9, 0. ]], dtype=float32)
     """
     _check(sparsity, every_steps, begin_step, end_step, pattern, allocation, update)
-    inner = optax.with_extra_args_support(inner)
+    inner = require_transformation(inner, "prune")
     score = criteria.as_score(scores)
     if score.random and key is None:
         raise ValueError(
@@ -106,10 +112,12 @@ def prune(
     recipe = masks.Recipe(sparsity, score, pattern, allocation)
 
     def init(params: optax.Params) -> PruneState:
+        require_floats(params, "prune")
         treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         stacks = rules.stacked_axis_of(stacked_axes, params)
         chosen = rules.select_leaves(select, params, stacked_axes=stacked_axes)
+        chosen = [c and leaf.size > 0 for c, leaf in zip(chosen, leaves, strict=True)]
         rules.warn_if_none(chosen, "prune")
         for leaf, path, axis, c in zip(
             leaves, paths.leaf_paths(params), stacks, chosen, strict=True
@@ -259,6 +267,11 @@ def _selected_leaves(
     packed = treedef.flatten_up_to(state.masks)
     memory = treedef.flatten_up_to(state.score_state)
     gradients = [None] * len(leaves) if grads is None else treedef.flatten_up_to(grads)
+    for p, g, m, path in zip(
+        leaves, gradients, packed, paths.leaf_paths(params), strict=True
+    ):
+        if not is_masked_node(m):
+            _check_leaf(p, g, m, path, has_grads=grads is not None)
     # Folding is code for every leaf: only where it is used.
     key = jax.random.fold_in(state.key, state.count) if random else state.key
     return [
@@ -285,6 +298,21 @@ def _selected_leaves(
         )
         if not is_masked_node(m)
     ]
+
+
+def _check_leaf(
+    param: jax.Array, grad: Any, mask: jax.Array, path: str, *, has_grads: bool
+) -> None:
+    if not packing.is_mask_of(mask, param.shape):
+        raise ValueError(
+            f"params must have the shapes that init saw, got {param.shape} at {path!r} "
+            f"for a mask {mask.dtype}{list(mask.shape)}; make a new state"
+        )
+    if has_grads and grad is None:
+        raise ValueError(
+            f"updates must hold a gradient for {path!r}, which is pruned, got None; "
+            "leave the leaf out by select="
+        )
 
 
 def _check(

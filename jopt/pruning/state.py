@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import packing
+from jopt.trees import paths
 from jopt.updates import states
 from jopt.updates.states import is_masked_node
 
@@ -138,19 +139,28 @@ def apply_masks(params: optax.Params, masks: Any) -> optax.Params:
 
     Args:
         params: any tree of arrays.
-        masks: a tree like params with bool leaves, True = keep; `optax.MaskedNode()`
-            leaves the leaf alone.
+        masks: a tree like params with bool or packed leaves, True = keep;
+            `optax.MaskedNode()` leaves the leaf alone.
 
     Returns:
         params, with exact zeros.
+
+    Raises:
+        ValueError: a mask is neither boolean nor packed, or of another shape.
 
     >>> import jax.numpy as jnp, jopt
     >>> jopt.apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})
     {'w': Array([1., 0.], dtype=float32)}
     """
-    return jax.tree.map(
-        lambda m, w: w if is_masked_node(m) else jnp.where(m, w, jnp.zeros_like(w)),
-        masks,
-        params,
-        is_leaf=is_masked_node,
-    )
+
+    def apply(path: str, w: Any, mask: Any) -> Any:
+        if is_masked_node(mask):
+            return w
+        if not packing.is_mask_of(mask, jnp.shape(w)):
+            raise ValueError(
+                f"masks must fit {path!r} of shape {jnp.shape(w)}, "
+                f"got {mask.dtype}{list(mask.shape)}; pass jopt.get_masks(state)"
+            )
+        return jnp.where(packing.unpack_mask(mask), w, jnp.zeros_like(w))
+
+    return paths.map_with_path(apply, params, masks)

@@ -7,7 +7,7 @@ import jax
 from jopt.arrays.quantized import quantize_array
 from jopt.arrays.specs import QuantSpec
 from jopt.quantization.specs import SpecOrRules, resolve_specs
-from jopt.trees import rules
+from jopt.trees import paths, rules
 from jopt.updates.states import is_masked_node
 
 
@@ -30,8 +30,7 @@ def quantize(
         scales: what `jopt.get_scales(state)` returned, to use trained scales; computed
             from the weights when None.
         select: which leaves of a tree are quantized; None for float leaves with at
-        least
-            two axes, stacked ones not counted.
+            least two axes, stacked ones not counted.
         stacked_axes: which axis stacks layers: an int or rules `{pattern: axis}`; each
             layer keeps scales of its own.
 
@@ -40,7 +39,7 @@ def quantize(
         leaves.
 
     Raises:
-        ValueError: a rule matches nothing, or a spec does not fit its leaf.
+        ValueError: a rule matches nothing, or a spec or scale does not fit its leaf.
 
     >>> import jax.numpy as jnp, jopt
     >>> q = jopt.quantize(
@@ -60,14 +59,15 @@ def quantize(
     treedef: Any
     grids, treedef = jax.tree.flatten(specs, is_leaf=is_masked_node)
     leaves = treedef.flatten_up_to(tree)
+    names = paths.leaf_paths(tree)
     given = [None] * len(leaves) if scales is None else treedef.flatten_up_to(scales)
     return treedef.unflatten(
         [
             leaf
             if is_masked_node(spec)
             else quantize_array(
-                leaf, spec, scale=None if is_masked_node(scale) else scale
+                leaf, spec, scale=None if is_masked_node(scale) else scale, path=path
             )
-            for leaf, spec, scale in zip(leaves, grids, given, strict=True)
+            for path, leaf, spec, scale in zip(names, leaves, grids, given, strict=True)
         ]
     )

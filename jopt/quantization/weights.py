@@ -38,7 +38,9 @@ from jopt.updates.project import (
     ProjectState,
     project,
     require_count,
+    require_floats,
     require_params,
+    require_transformation,
 )
 from jopt.updates.states import is_masked_node, merge_masked
 
@@ -100,6 +102,12 @@ def quantize_weights(
     Array([ 0.7006836 , -0.30029297,  0.10009766], dtype=float32)
     """
     require_count("begin_step", begin_step)
+    inner = require_transformation(inner, "quantize_weights")
+    if bits_schedule is not None and not callable(bits_schedule):
+        raise TypeError(
+            f"bits_schedule must be a schedule count -> bits, got {bits_schedule!r}; a "
+            "fixed width is a format, such as jopt.formats.int4"
+        )
     if scales not in ("current", "static", "moving", "learned"):
         raise ValueError(
             f"scales must be one of current, static, moving and learned, got {scales!r}"
@@ -133,6 +141,7 @@ def quantize_weights(
         return specs, project(inner, projection, begin_step=begin_step, select=chosen)
 
     def init(params: optax.Params) -> ProjectState:
+        require_floats(params, "quantize_weights")
         specs, tx = bind(params)
         treedef: Any = jax.tree.structure(params)
         chosen = [not is_masked_node(s) for s in treedef.flatten_up_to(specs)]

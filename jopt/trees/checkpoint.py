@@ -59,7 +59,7 @@ def save(
     Raises:
         ValueError: the step exists and is intact, a number is out of range, or there is
             more than one process.
-        TypeError: a leaf is of a type that cannot be saved.
+        TypeError: a leaf is of a type that cannot be saved, or metadata is not JSON.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -71,7 +71,11 @@ def save(
     root, number = _root(path), 0 if step is None else step
     _check_numbers(number, max_to_keep)
     node, leaves = structure.encode(tree)
-    content = {"tree": node, "metadata": json.loads(json.dumps(metadata or {}))}
+    try:
+        own = json.loads(json.dumps(metadata or {}))
+    except TypeError as error:
+        raise TypeError(f"metadata must be JSON, got {metadata!r}; {error}") from error
+    content = {"tree": node, "metadata": own}
     root.mkdir(parents=True, exist_ok=True)
     older = [version for version in _versions(root) if version.step == number]
     if older and not overwrite and _damage(older[0]) is None:
@@ -345,7 +349,7 @@ def _root(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def _check_numbers(step: int, max_to_keep: int | None) -> None:
-    if not isinstance(step, int) or step < 0:
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(
             f"step must be an integer from 0, got {step!r}; use int(count)"
         )

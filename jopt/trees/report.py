@@ -108,6 +108,12 @@ def report(tree: Any, *, masks: Any = None) -> Report:
     """
     leaves, treedef = paths.flatten_with_path(tree)
     chosen = [None] * len(leaves) if masks is None else _masks(masks, treedef)
+    for (path, leaf), mask in zip(leaves, chosen, strict=True):
+        if mask is not None and not packing.is_mask_of(mask, np.shape(leaf)):
+            raise ValueError(
+                f"masks must fit {path!r} of shape {np.shape(leaf)}, got "
+                f"{mask.dtype}{list(mask.shape)}; pass jopt.get_masks(state)"
+            )
     rows = tuple(
         _row(path, leaf, mask)
         for (path, leaf), mask in zip(leaves, chosen, strict=True)

@@ -290,6 +290,11 @@ def _match(
             f"it lacks {missing} and adds {extra}; "
             "pass a tree with the structure of the one saved"
         )
+    if kind != "dict" and list(children) != list(others):
+        raise ValueError(
+            f"like must have the fields of {kind} at {path!r} in the saved order "
+            f"{list(children)}, got {list(others)}; pass a tree of the class saved"
+        )
     for key, child in children.items():
         deeper = exact or kind in TYPES
         below = _join(path, key)

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.trees import rules
+from jopt.arrays.quantized import QuantizedArray
+from jopt.trees import paths, rules
 
 
 class Projection(NamedTuple):
@@ -73,6 +74,29 @@ def require_count(name: str, value: Any, *, least: int = 0) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
 
 
+def require_transformation(
+    inner: Any, name: str
+) -> optax.GradientTransformationExtraArgs:
+    """Return `inner` as one that takes extra args, or raise if it is none."""
+    # By its methods: optax.MultiSteps is a class of its own.
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner must be an Optax transformation, got {inner!r}; for example "
+            f"jopt.{name}(optax.adamw(1e-3), ...)"
+        )
+    return optax.with_extra_args_support(inner)
+
+
+def require_floats(params: optax.Params, name: str) -> None:
+    """Raise if params hold quantized arrays, whose codes no optimizer can step."""
+    for path, leaf in paths.leaves_with_path(params):
+        if isinstance(leaf, QuantizedArray):
+            raise TypeError(
+                f"{name} needs arrays as params, got a QuantizedArray at {path!r}; "
+                "train what jopt.dequantize makes of it, or keep it out of the params"
+            )
+
+
 def _memoryless(projection: Callable[[optax.Params], optax.Params]) -> Projection:
     return Projection(
         init=lambda params: optax.EmptyState(),
@@ -110,6 +134,7 @@ def project(
         A transformation with one full-size copy of the selected leaves in its state.
 
     Raises:
+        TypeError: `inner` is no transformation, or params hold quantized arrays.
         ValueError: `begin_step` is negative, a selection matches nothing, or, at
             update, params are not passed.
 
@@ -130,11 +155,12 @@ def project(
     (Array([-1., -1.], dtype=float32), Array([-0.25, -2.25], dtype=float32))
     """
     require_count("begin_step", begin_step)
-    inner = optax.with_extra_args_support(inner)
+    inner = require_transformation(inner, "project")
     step = projection if isinstance(projection, Projection) else _memoryless(projection)
     select = _every_float_leaf if select is None else select
 
     def init(params: optax.Params) -> ProjectState:
+        require_floats(params, "project")
         treedef: Any = jax.tree.structure(params)
         chosen = rules.select_leaves(select, params)
         # A copy, because params may be donated beside the state.

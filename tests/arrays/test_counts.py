@@ -113,7 +113,8 @@ def test_halves_go_to_the_even_neighbour(size, pruned):
 
 @pytest.mark.parametrize("sparsity, pruned", [(-0.5, 0), (1.5, 100), (np.nan, 0)])
 def test_an_array_out_of_range_is_clipped(sparsity, pruned):
-    assert to_int(counts.num_pruned(100, jnp.float32(sparsity))) == pruned
+    traced = jax.jit(counts.num_pruned, static_argnums=0)
+    assert to_int(traced(100, jnp.float32(sparsity))) == pruned
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), 90, np.float32(2)])
@@ -127,3 +128,5 @@ def test_a_sparsity_for_each_layer_is_refused():
         counts.num_pruned(100, jnp.zeros(3))
     with pytest.raises(TypeError, match="sparsity must be a number"):
         counts.num_pruned(4, "0.5")
+    with pytest.raises(ValueError, match="got nan: look at the schedule"):
+        counts.num_pruned(4, jnp.array(float("nan")))

@@ -78,3 +78,12 @@ def test_a_sharded_mask_is_packed_where_it_lies(request, mesh_name, spec):
     assert packed.sharding.is_equivalent_to(sharding, 2)
     np.testing.assert_array_equal(packed, pack_mask(mask))
     np.testing.assert_array_equal(unpacked, mask)
+
+
+def test_parts_of_an_explicit_mesh_that_8_does_not_divide_stay_boolean(explicit_mesh):
+    mask = jnp.arange(64).reshape(2, 32) % 3 == 0
+    split = NamedSharding(explicit_mesh, PartitionSpec(None, "data"))
+    with jax.set_mesh(explicit_mesh):
+        packed = pack_mask(jax.device_put(mask, split))
+    assert packed.dtype == jnp.bool_
+    np.testing.assert_array_equal(packed, mask)

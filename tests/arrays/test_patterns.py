@@ -174,10 +174,12 @@ def test_a_shape_that_does_not_fit_is_refused_by_name(pattern, shape, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: NM(5, 4), "NM needs 1 <= n <= m, got n=5 and m=4"),
-        (lambda: NM(0, 4), "NM needs 1 <= n <= m"),
-        (lambda: Block(()), "Block needs positive sizes"),
-        (lambda: Block((2, 0)), "Block needs positive sizes"),
+        (lambda: NM(5, 4), "NM needs integers 1 <= n <= m, got n=5 and m=4"),
+        (lambda: NM(0, 4), "NM needs integers 1 <= n <= m"),
+        (lambda: NM(2.0, 4), "NM needs integers"),
+        (lambda: Block(()), "Block needs a tuple of positive sizes"),
+        (lambda: Block(4), "Block needs a tuple of positive sizes"),
+        (lambda: Block((2, 0)), "Block needs a tuple of positive sizes"),
         (lambda: Block((2, 2), "min"), "reduce='mean' or 'max', got 'min'"),
     ],
 )

@@ -236,6 +236,57 @@ def test_saliency_does_not_underflow_in_float16():
     assert scores.dtype == np.float32 and (np.diff(scores) > 0).all()
 
 
+@pytest.mark.parametrize("update", ["step", "host"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.5},
+        {"sparsity": 0.5, "allocation": jopt.allocation.global_ranking},
+        {"sparsity": 0.5, "pattern": jopt.Block((2, 2))},
+        {"pattern": jopt.NM(2, 4)},
+    ],
+)
+def test_empty_leaves_are_left_alone(options, update):
+    tx = jopt.prune(optax.sgd(0.1), **options, update=update)
+    params = {"empty": jnp.zeros((0, 4)), "w": jnp.arange(1.0, 17.0).reshape(4, 4)}
+    state = tx.init(params)
+    if update == "host":
+        state = jopt.update_masks(tx, state, params)
+    updates, state = tx.update(params, state, params)
+    pruned = optax.apply_updates(params, updates)
+    assert int((pruned["w"] == 0).sum()) == 8 and pruned["empty"].shape == (0, 4)
+
+
+def test_what_does_not_fit_the_state_names_the_leaf():
+    tx = jopt.prune(optax.sgd(0.1), sparsity=0.5)
+    params = contract.make_params()
+    state = tx.init(params)
+    grads = contract.make_grads(params)
+    grads["head"]["kernel"] = None
+    with pytest.raises(ValueError, match="gradient for 'head/kernel'"):
+        tx.update(grads, state, params)
+    params["head"]["kernel"] = jnp.ones((4, 4))
+    with pytest.raises(ValueError, match="'head/kernel'"):
+        tx.update(params, state, params)
+    quantized = {"q": jopt.quantize(jnp.ones((8, 8)), contract.INT8)}
+    for wrap in (tx, jopt.quantize_weights(optax.sgd(0.1), contract.INT8)):
+        with pytest.raises(TypeError, match="got a QuantizedArray at 'q'"):
+            wrap.init(quantized)
+    for inner in (1e-3, optax.adamw):
+        with pytest.raises(TypeError, match="inner must be an Optax transformation"):
+            jopt.prune(inner, sparsity=0.5)
+
+
+def test_apply_masks_refuses_what_does_not_fit():
+    ones = {"w": jnp.ones((8, 8))}
+    mask = jnp.zeros((8, 8), bool).at[0, 0].set(True)
+    for form in (mask, jopt.pack_mask(mask)):
+        assert float(jopt.apply_masks(ones, {"w": form})["w"].sum()) == 1.0
+    for wrong in (mask[0], mask[:, :1], mask.astype(float), jopt.pack_mask(mask)[0]):
+        with pytest.raises(ValueError, match="masks must fit 'w'"):
+            jopt.apply_masks(ones, {"w": wrong})
+
+
 def test_nothing_to_prune_warns():
     tx = jopt.prune(optax.sgd(0.1), sparsity=0.5)
     with pytest.warns(UserWarning, match="prune selects none of 1 leaves"):

@@ -291,6 +291,18 @@ def test_hyperparameters_can_be_injected():
     )
 
 
+def test_scales_of_another_spec_or_shape_are_refused():
+    tree = {"w": jax.random.normal(jax.random.key(0), (32, 8))}
+    groups = jopt.QuantSpec(jopt.formats.int4, group_size=16)
+    tx = jopt.quantize_weights(optax.sgd(0.1), groups, scales="static")
+    scales = jopt.get_scales(tx.init(tree))
+    jopt.quantize(tree, groups, scales=scales)
+    wider = {"w": jnp.ones((64, 8))}
+    for params, spec in ((wider, groups), (tree, jopt.QuantSpec(jopt.formats.int4))):
+        with pytest.raises(ValueError, match=r"scale must have the shape .* 'w'"):
+            jopt.quantize(params, spec, scales=scales)
+
+
 def test_nothing_to_quantize_warns():
     tx = jopt.quantize_weights(optax.sgd(0.1), GRIDS["int8"])
     with pytest.warns(UserWarning, match="quantize_weights selects none of 1 leaves"):

@@ -1,5 +1,6 @@
 """Checkpoints survive what they can and never give back wrong values."""
 
+import collections
 import pathlib
 import random
 import shutil
@@ -65,6 +66,23 @@ def test_metadata_is_that_of_the_step_restored(tmp_path):
     with pytest.warns(UserWarning, match="restored step 1"):
         tree, metadata = restore(tmp_path, with_metadata=True)
     assert metadata == {"at": 1} and tree["x"] == 1
+
+
+def test_wrong_steps_and_metadata_are_refused(tmp_path):
+    for step in (True, 1.0, -1):
+        with pytest.raises(ValueError, match="step must be an integer"):
+            save(tmp_path, {"x": 1}, step=step)
+    with pytest.raises(TypeError, match="metadata must be JSON"):
+        save(tmp_path, {"x": 1}, metadata={"a": jnp.ones(1)})
+    assert steps(tmp_path) == []
+
+
+def test_fields_in_another_order_are_refused(tmp_path):
+    first = collections.namedtuple("State", "mu nu")
+    second = collections.namedtuple("State", "nu mu")
+    save(tmp_path, first(jnp.ones(1), jnp.zeros(1)))
+    with pytest.raises(ValueError, match="in the saved order"):
+        restore(tmp_path, like=second(jnp.zeros(1), jnp.zeros(1)))
 
 
 def test_all_damaged(damaged):

@@ -118,3 +118,8 @@ def test_nnx_state_and_json():
     dicts = json.loads(json.dumps(report(state).to_dicts()))
     assert [row["path"] for row in dicts] == ["bias", "kernel", "total"]
     assert dicts[0]["sparsity"] == 1.0
+
+
+def test_masks_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="masks must fit 'w'"):
+        report({"w": jnp.ones((4, 8))}, masks={"w": jnp.ones((3, 3), bool)})
