@@ -79,13 +79,22 @@ def in_one_program(
     )
     packed: list[Any] = [None] * len(leaves)
     for lot, mask in zip(lots, masks, strict=True):
+        # Together where the last axis is that of the leaves: it is less code.
+        early = all(_is_packed_as_it_lies(leaves[i]) for i in lot)
+        whole = packing.pack_mask(mask) if early else mask
         start = 0
         for i in lot:
             stop = start + scored[i].shape[0]
             leaf = leaves[i]
-            packed[i] = pack_layers(mask[start:stop], leaf.stacked_axis, leaf.is_packed)
+            late = leaf.is_packed and whole.dtype == jnp.bool_
+            packed[i] = pack_layers(whole[start:stop], leaf.stacked_axis, late)
             start = stop
     return packed, num_nonfinite
+
+
+def _is_packed_as_it_lies(leaf: Leaf) -> bool:
+    """Tell whether the last axis of the leaf is that of its layers too."""
+    return leaf.is_packed and leaf.stacked_axis != leaf.inputs.param.ndim - 1
 
 
 def leaf_by_leaf(
@@ -107,11 +116,7 @@ def leaf_by_leaf(
 def layer_scores(
     inputs: ScoreInputs, score_state: Any, stacked_axis: int | None, score: Score
 ) -> jax.Array:
-    """Score a leaf: shape [layers, ...], NaN where not finite.
-
-    A NaN ranks below every number, so what cannot be made zero is given up first and
-    does not take the place of a weight that can be kept.
-    """
+    """Score a leaf: shape [layers, ...]."""
     try:
         scores = score.scores(inputs, score_state)
     except (TypeError, AttributeError) as error:
@@ -129,7 +134,6 @@ def layer_scores(
         )
     if scores.dtype == jnp.float64:  # selection compares keys of 32 bits
         scores = scores.astype(jnp.float32)
-    scores = jnp.where(jnp.isfinite(scores), scores, jnp.nan)
     return (
         scores[None] if stacked_axis is None else jnp.moveaxis(scores, stacked_axis, 0)
     )
@@ -160,6 +164,7 @@ def _masks(
         return compiled.get(step, step)
 
     pattern = recipe.pattern
+    stacked = [own(_only_finite)(scores) for scores in stacked]
     # Together where that saves code, one by one where programs are to be shared.
     lists = [[scores] for scores in stacked] if compiled else [list(stacked)]
     num_nonfinite = sum(map(own(_count_nan), lists), jnp.zeros([], jnp.int32))
@@ -180,6 +185,15 @@ def _masks(
         own(_spread)(mask, pattern, scores.shape[1:])
         for mask, scores in zip(masks, stacked, strict=True)
     ], num_nonfinite
+
+
+def _only_finite(scores: jax.Array) -> jax.Array:
+    """Put NaN for what is not finite.
+
+    A NaN ranks below every number, so what cannot be made zero is given up first and
+    does not take the place of a weight that can be kept.
+    """
+    return jnp.where(jnp.isfinite(scores), scores, jnp.nan)
 
 
 def _count_nan(stacked: Sequence[jax.Array]) -> jax.Array:
@@ -305,6 +319,7 @@ _jit_pack_layers = jax.jit(pack_layers, static_argnames=("stacked_axis", "is_pac
 _COMPILED = {
     fn: jax.jit(fn, static_argnames=static)
     for fn, static in (
+        (_only_finite, ()),
         (_count_nan, ()),
         (_pool, ("pattern",)),
         (_spread, ("pattern", "shape")),
