@@ -52,7 +52,7 @@ class Config:
     data_dir: Path | None = None
     """A folder of parquet images, or a text; scikit-learn's digits when left out."""
     model: Literal["resnet", "gpt"] = "resnet"
-    steps: int = 360
+    steps: int = 280
     seeds: int = 2
     width: int | None = None
     """Channels or features: 16 for digits, 32 for larger images, 128 for a GPT."""
@@ -62,7 +62,7 @@ class Config:
     batch_size: int = 64
     learning_rate: float = 8e-3
     parallel: train.Parallel = "jit"
-    save_every: int = 100
+    save_every: int = 140
 
 
 def model_config(config: Config, data: datasets.Dataset) -> models.ModelConfig:

@@ -51,7 +51,7 @@ def gradually(sparsity: float) -> Callable[[int, float], optax.GradientTransform
         return jopt.prune(
             adamw(steps, rate),
             sparsity=ramp,
-            every_steps=max(steps // 60, 1),
+            every_steps=max(steps // 30, 1),
             end_step=end,
             # The first and the last layer are small and needed: let all compete.
             allocation=jopt.allocation.global_ranking,

@@ -193,6 +193,14 @@ def _only_finite(scores: jax.Array) -> jax.Array:
     A NaN ranks below every number, so what cannot be made zero is given up first and
     does not take the place of a weight that can be kept.
     """
+    if (
+        len(scores) == 1
+    ):  # with its axis in the way, XLA keeps two copies of a large leaf
+        return jnp.expand_dims(_only_finite_in(jnp.squeeze(scores, 0)), 0)
+    return _only_finite_in(scores)
+
+
+def _only_finite_in(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(scores), scores, jnp.nan)
 
 
