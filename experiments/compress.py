@@ -287,7 +287,7 @@ def make_table(rows: list[dict[str, Any]], data: datasets.Dataset, seeds: int) -
     table.padding, table.collapse_padding, table.pad_edge = 0, True, False
     columns = ["variant", "accuracy %", "recall %", "F1 %"]
     columns += ["bits/char"] if data.kind == "text" else []
-    columns += ["nonzero", "kB", "smaller", "train s"]
+    columns += ["nonzero", "kB", "ratio", "sec"]
     for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:

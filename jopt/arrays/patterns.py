@@ -262,27 +262,40 @@ def _n_of_m(scores: jax.Array, pattern: NM) -> jax.Array:
     keys = axes.split_axis(selection.ordered_keys(scores), axis, pattern.m)
     if pattern.m > _WRITTEN_OUT:
         rank = _ranks
-    elif axis == scores.ndim - 1:
-        rank = _ranks_by_column
-    else:
+    elif axis < scores.ndim - 1 and pattern.m & (pattern.m - 1) == 0:
         rank = _ranks_by_row
+    else:
+        rank = _ranks_by_column
     return axes.merge_axis(rank(keys, axis + 1) < pattern.n, axis)
 
 
 def _ranks_by_row(keys: jax.Array, axis: int) -> jax.Array:
-    """Counts those before each element, where groups do not lie along the last axis."""
-    place = np.arange(keys.shape[axis])
-    place = place.reshape((1,) * axis + place.shape + (1,) * (keys.ndim - axis - 1))
+    """Counts those before each element, where groups do not lie along the last axis.
+
+    m is a power of two: element i meets element `i ^ d` for d = 1 to m - 1, which is
+    the array reversed along the axes of the bits of d. The other one is the earlier
+    where i has the highest of these bits.
+    """
+    size = keys.shape[axis]
+    places = [axis + i for i in range(size.bit_length() - 1)]  # of bits, highest first
+    for i, place in enumerate(places[:-1]):
+        keys = axes.split_axis(keys, place, size >> (i + 1))
     ranks = jnp.zeros_like(keys, jnp.uint8)
-    for i in range(keys.shape[axis]):
-        other = lax.slice_in_dim(keys, i, i + 1, axis=axis)
-        precedes = jnp.where(place > i, other >= keys, other > keys)
+    for d in range(1, size):
+        bits = [size >> (i + 1) for i in range(len(places))]
+        reverse = [p for p, bit in zip(places, bits, strict=True) if d & bit]
+        shape = [2 if p == reverse[0] else 1 for p in range(keys.ndim)]
+        is_later = np.array([False, True]).reshape(shape)
+        other = lax.rev(keys, reverse)
+        precedes = jnp.where(is_later, other >= keys, other > keys)
         ranks = ranks + precedes.astype(jnp.uint8)
+    for place in reversed(places[:-1]):
+        ranks = axes.merge_axis(ranks, place)
     return ranks
 
 
 def _ranks_by_column(keys: jax.Array, axis: int) -> jax.Array:
-    """Counts those before each element, where groups lie along the last axis."""
+    """Counts those before each element of its group, one comparison at a time."""
     columns = [
         lax.index_in_dim(keys, i, axis, keepdims=False) for i in range(keys.shape[axis])
     ]
