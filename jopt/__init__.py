@@ -15,6 +15,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   update_masks, get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
+    a function    sites, rewrite with a Handler
     a loss        distillation
 """
 
@@ -32,6 +33,10 @@ from jopt.arrays.quantized import QuantizedArray as QuantizedArray
 from jopt.arrays.quantized import dequantize as dequantize
 from jopt.arrays.quantized import fake_quantize as fake_quantize
 from jopt.arrays.specs import QuantSpec as QuantSpec
+from jopt.programs.handlers import Handler as Handler
+from jopt.programs.handlers import Use as Use
+from jopt.programs.interpret import rewrite as rewrite
+from jopt.programs.sites import sites as sites
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
 from jopt.pruning import get_masks as get_masks

@@ -25,6 +25,7 @@ from jopt.arrays.codes import (
     decode,
     round_to_dtype,
 )
+from jopt.arrays.compressed import CompressedArray
 from jopt.arrays.packing import pack_codes, unpack_codes
 from jopt.arrays.rounding import Rounding, nearest, stochastic
 from jopt.arrays.scales import (
@@ -63,7 +64,7 @@ Order = Literal["kn", "nk"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QuantizedArray:
+class QuantizedArray(CompressedArray):
     """An array stored as codes of a few bits and scales.
 
     Invariants:
@@ -123,16 +124,6 @@ class QuantizedArray:
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return int(np.prod(self.shape))
-
-    @property
     def nbytes(self) -> int:
         """The bytes of all children."""
         return sum(c.size * c.dtype.itemsize for c in jax.tree.leaves(self))
@@ -141,6 +132,10 @@ class QuantizedArray:
     def bits_per_weight(self) -> float:
         """Bits of all children over the number of elements."""
         return 8 * self.nbytes / max(self.size, 1)
+
+    def to_array(self) -> jax.Array:
+        """Compute the floats that the codes stand for, as `dequantize` does."""
+        return _dequantize(self)
 
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from jopt.arrays import quantized
+from jopt.arrays.compressed import CompressedArray
 
 
 def leaf_paths(tree: Any) -> list[str]:
@@ -127,7 +127,7 @@ def fold_path(key: jax.Array, path: str) -> jax.Array:
 
 def is_whole_leaf(node: Any) -> bool:
     """Tell whether a node is one leaf although it has arrays inside."""
-    return isinstance(node, quantized.QuantizedArray)
+    return isinstance(node, CompressedArray)
 
 
 def is_box(node: Any) -> bool:

@@ -57,13 +57,7 @@ class Report:
         for row in self.rows:
             # As Text, because a plain string may hold what rich takes for markup.
             table.add_row(*(rich.text.Text(_text(row, name)) for name in columns))
-        console = rich.console.Console(
-            file=io.StringIO(), width=10_000, color_system=None, highlight=False
-        )
-        with console.capture() as capture:
-            console.print(table)
-        lines = [line.rstrip() for line in capture.get().splitlines()]
-        return "\n".join(line for line in lines if line)
+        return draw(table)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """List rows and total as dicts of JSON values.
@@ -78,6 +72,24 @@ class Report:
 
 
 _COLUMNS = ("path", "shape", "dtype", "sparsity", "masked", "bits", "bytes")
+
+
+def draw(table: rich.table.Table) -> str:
+    """Draw a table as plain text, as wide as it needs to be.
+
+    Args:
+        table: of rich.
+
+    Returns:
+        Its lines, none of them empty.
+    """
+    console = rich.console.Console(
+        file=io.StringIO(), width=10_000, color_system=None, highlight=False
+    )
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return "\n".join(line for line in lines if line)
 
 
 def report(tree: Any, *, masks: Any = None) -> Report:

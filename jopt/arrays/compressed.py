@@ -1,0 +1,61 @@
+"""The base of arrays that are stored in fewer bytes than they stand for.
+
+A compressed array may be passed wherever a function expects a float array: an
+interpreter of the function recognises it by this class, hands it to whoever knows how
+to multiply with it, and otherwise calls `to_array`. So it is always right, and at worst
+not fast.
+"""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class CompressedArray(abc.ABC):
+    """A pytree of arrays that stands for one array.
+
+    Invariants of a subclass:
+        * It is a registered pytree whose children are arrays.
+        * `shape` follows from the children, so that `lax.scan` may slice a leading
+          axis off all of them, and `vmap` may add one.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that it stands for."""
+
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape))
+
+    @abc.abstractmethod
+    def to_array(self) -> jax.Array:
+        """Compute the array that it stands for."""
+
+    def after(
+        self, primitive: str, params: Mapping[str, Any], operands: Sequence[Any]
+    ) -> "CompressedArray | None":
+        """Take a view without decompressing.
+
+        Args:
+            primitive: the name of an operation that only moves, slices or casts.
+            params: its parameters.
+            operands: the other operands, such as the start of a slice.
+
+        Returns:
+            The view, compressed, such that its `to_array` has the very numbers of the
+            operation on `to_array()`; None if that is not possible.
+        """
+        return None

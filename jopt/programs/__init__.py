@@ -1,0 +1,7 @@
+"""What happens to computation: one pure function traced, looked through and run again.
+
+In reading order: `compat` (what JAX calls things), `views` (one leaf looked at another
+way), `operations` (what multiplies or looks up), `flows` and `provenance` (what every
+value comes from), `sites` (the table of who consumes which parameter), `handlers` and
+`interpret` (run it again with a handler at each site).
+"""

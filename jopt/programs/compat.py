@@ -1,0 +1,345 @@
+"""What JAX calls things: the one file that knows versions and undocumented attributes.
+
+A traced function is a `Body`: a jaxpr and its constants. `control` reads an equation
+that holds other bodies (a scan, a branch, a jitted call) into a record of its own, and
+`bind` runs an equation as it stands.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from jax.sharding import Sharding
+
+Literal = core.Literal
+_CLOSED = core.ClosedJaxpr  # type: ignore[attr-defined]
+
+# Equations that call one body with their operands as they are.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "xla_metadata_call": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+_REMAT = ("remat2", "checkpoint")
+_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Body:
+    """A traced function: equations over variables, and the constants it closes over."""
+
+    jaxpr: Any
+    consts: tuple[Any, ...]
+
+    @property
+    def eqns(self) -> Sequence[Any]:
+        """The equations in program order."""
+        return self.jaxpr.eqns
+
+    @property
+    def invars(self) -> Sequence[Any]:
+        """The arguments."""
+        return self.jaxpr.invars
+
+    @property
+    def outvars(self) -> Sequence[Any]:
+        """The results, variables or literals."""
+        return self.jaxpr.outvars
+
+    @property
+    def constvars(self) -> Sequence[Any]:
+        """The variables that stand for `consts`."""
+        return self.jaxpr.constvars
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inner:
+    """A body called with the operands of the equation."""
+
+    body: Body
+    name: str
+    in_shardings: tuple[Sharding | None, ...] = ()
+    out_shardings: tuple[Sharding | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remat:
+    """A body that is computed again in the backward pass."""
+
+    body: Body
+    policy: Callable[..., Any] | None
+    prevent_cse: bool | tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CustomRule:
+    """A body with a derivative of its own, `custom_jvp` or `custom_vjp`."""
+
+    body: Body
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scan:
+    """A body run `length` times: operands are constants, carries and stacked inputs."""
+
+    body: Body
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class While:
+    """A body run until a condition fails: its constants first, then the body's."""
+
+    condition: Body
+    body: Body
+    num_condition_consts: int
+    num_body_consts: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cond:
+    """One of several bodies, chosen by the first operand."""
+
+    branches: tuple[Body, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardMap:
+    """A body run by each device on its own shards."""
+
+    body: Body
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    axis_names: frozenset[Any]
+    check_vma: bool
+
+
+Control = Inner | Remat | CustomRule | Scan | While | Cond | ShardMap
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A function traced at given shapes: its body, and the structure of its results."""
+
+    body: Body
+    out_tree: Any
+
+
+def trace(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """Trace a jitted function; the second time at the same shapes costs nothing.
+
+    Args:
+        jitted: what `jax.jit` returned.
+        args: arrays or their shapes.
+        kwargs: the same by name.
+
+    Returns:
+        The traced function. At the same shapes the body's jaxpr is the same object.
+    """
+    traced = jitted.trace(*args, **kwargs)
+    return Traced(_open(traced.jaxpr), jax.tree.structure(traced.out_info))
+
+
+def control(eqn: Any) -> Control | None:
+    """Read an equation that runs other bodies and that jopt knows how to enter.
+
+    Args:
+        eqn: an equation of a jaxpr.
+
+    Returns:
+        Its parts, or None: either it holds no body, or `holds_bodies` and is opaque.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _scan(eqn)
+    if name == "while":
+        return While(
+            _open(params["cond_jaxpr"]),
+            _open(params["body_jaxpr"]),
+            params["cond_nconsts"],
+            params["body_nconsts"],
+        )
+    if name == "cond":
+        return Cond(tuple(map(_open, params["branches"])))
+    if name == "shard_map":
+        return ShardMap(
+            _open(params["jaxpr"]),
+            params["mesh"],
+            tuple(params["in_specs"]),
+            tuple(params["out_specs"]),
+            frozenset(params.get("newly_manual_axes", params.get("manual_axes", ()))),
+            params["check_vma"],
+        )
+    if name not in _CALLS or _CALLS[name] not in params:
+        return None
+    body = _open(params[_CALLS[name]])
+    if name in _REMAT:
+        return Remat(body, params.get("policy"), params.get("prevent_cse", True))
+    if name in _CUSTOM_RULES:
+        return CustomRule(body, name.partition("_call")[0])
+    return Inner(
+        body,
+        str(params.get("name", name)),
+        _shardings(params.get("in_shardings", ())),
+        _shardings(params.get("out_shardings", ())),
+    )
+
+
+def holds_bodies(eqn: Any) -> bool:
+    """Tell whether an equation has jaxprs among its parameters, known or not.
+
+    Args:
+        eqn: an equation of a jaxpr.
+
+    Returns:
+        True also for opaque ones, such as Pallas kernels and linear solvers.
+    """
+    return any(
+        isinstance(part, core.Jaxpr | _CLOSED)
+        for value in eqn.params.values()
+        for part in (value if isinstance(value, tuple | list) else (value,))
+    )
+
+
+def choosers(body: Body) -> dict[int, Any]:
+    """Find what users chose the branches of conditionals by.
+
+    JAX turns a predicate into an index, and clamps an index, before the equation; who
+    builds the conditional again with `lax.cond` or `lax.switch` starts from there.
+
+    Args:
+        body: of a traced function.
+
+    Returns:
+        Position of a conditional to the variable of its predicate or free index.
+    """
+    made = {var: eqn for eqn in body.eqns for var in eqn.outvars}
+    found = {}
+    for i, eqn in enumerate(body.eqns):
+        if eqn.primitive.name != "cond" or isinstance(eqn.invars[0], Literal):
+            continue
+        maker = made.get(eqn.invars[0])
+        if maker is not None and maker.primitive.name == "clamp":
+            found[i] = maker.invars[1]
+        elif maker is not None and maker.primitive.name == "convert_element_type":
+            (source,) = maker.invars
+            if source.aval.dtype == bool and len(eqn.params["branches"]) == 2:
+                found[i] = source
+    return found
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Run an equation as it stands.
+
+    Args:
+        eqn: an equation of a jaxpr.
+        operands: arrays, one per input of the equation.
+
+    Returns:
+        The list of its results.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        if isinstance(params, tuple):  # a list of functions, and the rest
+            out = eqn.primitive.bind(*params[0], *operands, **params[1])
+        else:
+            out = eqn.primitive.bind(*operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def name_stack(eqn: Any) -> str:
+    """Name the modules and scopes that an equation was traced in.
+
+    Args:
+        eqn: an equation of a jaxpr.
+
+    Returns:
+        Their names joined by '/', `''` where the framework sets none.
+    """
+    return str(eqn.source_info.name_stack)
+
+
+def axis_sizes(mesh: Any) -> dict[Any, int]:
+    """Give the size of each axis of a mesh, abstract or of devices.
+
+    Args:
+        mesh: the mesh of a `shard_map`.
+
+    Returns:
+        Axis name to size.
+    """
+    return dict(mesh.shape)
+
+
+def aval_of(value: Any) -> jax.ShapeDtypeStruct:
+    """Give what a function is traced with: shape, dtype, and place where it is typed.
+
+    Args:
+        value: an array, a Python number, a shape or a compressed array.
+
+    Returns:
+        The abstract value.
+    """
+    kind = value
+    if isinstance(value, jax.Array) or not hasattr(value, "shape"):
+        kind = jax.typeof(value)
+    sharding = getattr(kind, "sharding", None)
+    return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+        kind.shape,
+        kind.dtype,
+        sharding=sharding if _is_typed(sharding) else None,
+        weak_type=bool(getattr(kind, "weak_type", False)),
+        manual_axis_type=getattr(kind, "manual_axis_type", None),
+    )
+
+
+def _is_typed(sharding: Any) -> bool:
+    """Tell whether a placement is part of the type: on explicit and manual axes."""
+    mesh = getattr(sharding, "mesh", None)
+    return mesh is not None and any(
+        kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types
+    )
+
+
+def _open(closed: Any) -> Body:
+    """Separate equations and constants, which newer jaxprs hold together."""
+    if _CLOSED is not core.Jaxpr and isinstance(closed, _CLOSED):
+        return Body(closed.jaxpr, tuple(closed.consts))
+    return Body(closed, tuple(getattr(closed, "consts", ())))
+
+
+def _scan(eqn: Any) -> Scan:
+    params = eqn.params
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        num_consts, num_carry = len(consts), len(carry)
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    return Scan(
+        _open(params["jaxpr"]),
+        num_consts,
+        num_carry,
+        int(np.asarray(params["length"])),
+        params["reverse"],
+        params["unroll"],
+    )
+
+
+def _shardings(shardings: Sequence[Any]) -> tuple[Sharding | None, ...]:
+    return tuple(s if isinstance(s, Sharding) else None for s in shardings)

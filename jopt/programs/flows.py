@@ -1,0 +1,67 @@
+"""What a value comes from: nothing, one leaf, several leaves, or the inputs too."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from jopt.programs import views
+from jopt.programs.views import View
+
+Kind = Literal["weight", "gather", "derived", "activation", "constant"]
+Key = tuple[int | str, ...]
+
+
+class Flow(NamedTuple):
+    """What a value comes from.
+
+    Attributes:
+        kind: "constant" depends on neither params nor inputs, "view" is one leaf,
+            "derived" depends on params alone, "data" on the inputs.
+        view: how it looks at its leaf.
+        leaves: that it depends on, while it depends on nothing else.
+    """
+
+    kind: Literal["constant", "view", "derived", "data"]
+    view: View | None = None
+    leaves: frozenset[int] = frozenset()
+
+    @property
+    def is_param(self) -> bool:
+        """Whether it depends on params and on nothing else."""
+        return self.kind in ("view", "derived")
+
+    def unstacked(self) -> "Flow":
+        """Say what one step of a scan sees of a stacked value."""
+        if self.view is None:
+            return self
+        view = dataclasses.replace(self.view, dims=self.view.dims[1:])
+        return of_view(view, self.leaves)
+
+    def stacked(self) -> "Flow":
+        """Say what is put together again: derived, no view any more."""
+        return self if self.view is None else of_view(None, self.leaves)
+
+    def resized(self, shape: Sequence[int]) -> "Flow":
+        """Say what a device sees of a sharded value."""
+        if self.view is None:
+            return self
+        return of_view(views.resize(self.view, shape), self.leaves)
+
+
+CONSTANT, DATA = Flow("constant"), Flow("data")
+
+
+def of_view(view: View | None, leaves: frozenset[int]) -> Flow:
+    """Make the flow of a view, or of a value derived from the leaves if it is none."""
+    if view is None:
+        return Flow("derived", None, leaves)
+    return Flow("view", view, frozenset({view.leaf}))
+
+
+def join(a: Flow, b: Flow) -> Flow:
+    """Say what a value is that may be either."""
+    if a == b:
+        return a
+    if "data" in (a.kind, b.kind):
+        return DATA
+    return Flow("derived", None, a.leaves | b.leaves)

@@ -1,0 +1,331 @@
+"""Run a pure function again, with a handler at each site.
+
+    apply' = rewrite(apply, handler)
+
+has the calling convention of `apply` and works under `jit`, `grad`, `vmap`, `scan` and
+`shard_map` like it. At every site that the handler selects, `handler.call(use)` gives
+the result in place of JAX's own operation; all else runs as it stood. Bodies without a
+selected site, and those that jopt does not know, are not opened.
+
+A handler may return an aux value beside the result, of the structure of
+`handler.initial`. It comes out by site name: stacked over the steps of scans and over
+the devices of a `shard_map`, merged over the steps of `while` loops, and initial where
+a branch was not taken.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jopt.programs import compat, sites
+from jopt.programs.flows import Key
+from jopt.programs.handlers import Handler, Use, is_compressed, to_array
+from jopt.programs.provenance import Site
+
+
+def rewrite(
+    apply: Callable[..., Any],
+    handler: Handler,
+    *,
+    inline_custom_rules: bool = False,
+) -> Callable[..., Any]:
+    """Return a function that runs `apply` with a handler at each selected site.
+
+    Args:
+        apply: a pure function `apply(params, *inputs, **kwargs)` of arrays.
+        handler: what to do at which sites.
+        inline_custom_rules: open `custom_jvp` and `custom_vjp` functions that hold a
+            selected site, and lose their gradient rules; otherwise they run as they are
+            and their sites are listed as not entered.
+
+    Returns:
+        `apply'(params, *inputs, **kwargs)`, which returns what `apply` does, and for a
+        handler with aux values the pair of that and `{site name: aux value}`. Leaves of
+        `params` may be compressed arrays.
+
+    Raises:
+        ValueError: (when called) the handler returns a result of another shape, or
+            selects a site inside a `while` loop without a `merge`.
+
+    >>> halved = Handler(lambda use: use.run(weight=use.weight / 2))
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> rewrite(apply, halved)({"w": jnp.eye(2)}, jnp.ones((1, 2)))
+    Array([[0.5, 0.5]], dtype=float32)
+    """
+    jitted = jax.jit(apply)
+
+    # Only when called eagerly does this jit do more than the one around it.
+    @jax.jit
+    def run(params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        analysis = sites.analyse(
+            jitted, params, inputs, kwargs, inline_custom_rules=inline_custom_rules
+        )
+        chosen = {
+            site.key: site
+            for site in analysis.table
+            if site.reachable and handler.select(site)
+        }
+        leaves = jax.tree.leaves(params, is_leaf=is_compressed)
+        values = leaves + jax.tree.leaves((inputs, kwargs))
+        interpreter = _Interpreter(handler, chosen)
+        results, aux = interpreter.body(analysis.traced.body, values, ())
+        out = jax.tree.unflatten(analysis.traced.out_tree, map(to_array, results))
+        return out if handler.initial is None else (out, aux)
+
+    def rewritten(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return run(params, inputs, kwargs)
+
+    return (
+        functools.wraps(apply)(rewritten) if hasattr(apply, "__name__") else rewritten
+    )
+
+
+Values = list[Any]
+Aux = dict[str, Any]
+
+
+class _Interpreter:
+    """Evaluates bodies; opens those on the way to a chosen site."""
+
+    def __init__(self, handler: Handler, chosen: Mapping[Key, Site]) -> None:
+        self._handler = handler
+        self._chosen = chosen
+        self._on_the_way = {key[:i] for key in chosen for i in range(len(key))}
+
+    def body(
+        self, body: compat.Body, values: Sequence[Any], key: Key
+    ) -> tuple[Values, Aux]:
+        """Evaluate a body.
+
+        Args:
+            body: what to evaluate.
+            values: of its arguments.
+            key: the way to it from the top of the program.
+
+        Returns:
+            The results, and the aux values of the sites inside.
+        """
+        env: dict[Any, Any] = dict(zip(body.constvars, body.consts, strict=True))
+        env.update(zip(body.invars, values, strict=True))
+        all_aux: Aux = {}
+        choosers = compat.choosers(body)
+        for i, eqn in enumerate(body.eqns):
+            operands = [_read(env, var) for var in eqn.invars]
+            if i in choosers and (*key, i) in self._on_the_way:
+                operands[0] = _read(env, choosers[i])
+            results, aux = self._eqn(eqn, operands, (*key, i))
+            env.update(zip(eqn.outvars, results, strict=True))
+            all_aux.update(aux)
+        return [_read(env, var) for var in body.outvars], all_aux
+
+    def _eqn(self, eqn: Any, operands: Values, key: Key) -> tuple[Values, Aux]:
+        if key in self._chosen:
+            return self._site(eqn, operands, self._chosen[key])
+        if key in self._on_the_way:
+            inner = compat.control(eqn)
+            return _ENTER[type(inner)](self, inner, operands, key)
+        if any(map(is_compressed, operands)):
+            view = _view(eqn, operands)
+            if view is not None:
+                return [view], {}
+        return compat.bind(eqn, [to_array(value) for value in operands]), {}
+
+    def _site(self, eqn: Any, operands: Values, site: Site) -> tuple[Values, Aux]:
+        rest = operands[2:]
+
+        def default(*pair: Any) -> jax.Array:
+            return compat.bind(eqn, [*map(to_array, pair), *rest])[0]
+
+        use = Use(site, tuple(operands[:2]), default, eqn.params)
+        result, aux = self._handler.call(use), None
+        if self._handler.initial is not None:
+            result, aux = result
+        expected = eqn.outvars[0].aval
+        if jnp.shape(result) != expected.shape:
+            raise ValueError(
+                f"handler must return shape {expected.shape} at site {site.name!r}, "
+                f"got {jnp.shape(result)}"
+            )
+        if result.dtype != expected.dtype:
+            result = result.astype(expected.dtype)
+        return [result], {} if self._handler.initial is None else {site.name: aux}
+
+    def _inner(
+        self, inner: compat.Inner, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        operands = _constrained(operands, inner.in_shardings)
+        results, aux = self.body(inner.body, operands, key)
+        return _constrained(results, inner.out_shardings), aux
+
+    def _custom_rule(
+        self, inner: compat.CustomRule, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        return self.body(inner.body, operands, key)
+
+    def _remat(
+        self, inner: compat.Remat, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        @functools.partial(
+            jax.checkpoint, policy=inner.policy, prevent_cse=inner.prevent_cse
+        )
+        def run(*operands: Any) -> tuple[Values, Aux]:
+            results, aux = self.body(inner.body, operands, key)
+            return [to_array(value) for value in results], aux
+
+        return run(*operands)
+
+    def _scan(
+        self, inner: compat.Scan, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        first = inner.num_consts + inner.num_carry
+        consts = operands[: inner.num_consts]
+        carry = [to_array(value) for value in operands[inner.num_consts : first]]
+
+        def step(carry: Values, xs: Values) -> tuple[Values, tuple[Values, Aux]]:
+            results, aux = self.body(inner.body, [*consts, *carry, *xs], key)
+            results = [to_array(value) for value in results]
+            return results[: inner.num_carry], (results[inner.num_carry :], aux)
+
+        carry, (ys, aux) = lax.scan(
+            step,
+            carry,
+            operands[first:],
+            length=inner.length,
+            reverse=inner.reverse,
+            unroll=inner.unroll,
+        )
+        return [*carry, *ys], aux
+
+    def _cond(
+        self, inner: compat.Cond, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        def branch(i: int) -> Callable[..., tuple[Values, Aux]]:
+            def run(*operands: Any) -> tuple[Values, Aux]:
+                results, aux = self.body(inner.branches[i], operands, (*key, i))
+                everything = self._initial(key)
+                everything.update(aux)
+                return [to_array(value) for value in results], everything
+
+            return run
+
+        index, *rest = operands
+        branches = [branch(i) for i in range(len(inner.branches))]
+        if index.dtype == bool:
+            return lax.cond(index, branches[1], branches[0], *rest)
+        return lax.switch(index, branches, *rest)
+
+    def _while(
+        self, inner: compat.While, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        num_condition = inner.num_condition_consts
+        first = num_condition + inner.num_body_consts
+        stops, consts = operands[:num_condition], operands[num_condition:first]
+        carry = [to_array(value) for value in operands[first:]]
+
+        def goes_on(state: tuple[Values, Aux]) -> jax.Array:
+            results, _ = self.body(
+                inner.condition, [*stops, *state[0]], (*key, "condition")
+            )
+            return results[0]
+
+        def step(state: tuple[Values, Aux]) -> tuple[Values, Aux]:
+            carry, before = state
+            results, now = self.body(inner.body, [*consts, *carry], (*key, "body"))
+            merged = {
+                name: self._merge(before[name], aux, name, key)
+                for name, aux in now.items()
+            }
+            return [to_array(value) for value in results], merged
+
+        return lax.while_loop(goes_on, step, (carry, self._initial(key)))
+
+    def _shard_map(
+        self, inner: compat.ShardMap, operands: Values, key: Key
+    ) -> tuple[Values, Aux]:
+        names = tuple(n for n in inner.mesh.axis_names if n in inner.axis_names)
+        stacked = PartitionSpec(names)  # type: ignore[no-untyped-call]
+
+        def run(*operands: Any) -> tuple[Values, Aux]:
+            results, aux = self.body(inner.body, operands, key)
+            aux = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), aux)
+            return [to_array(value) for value in results], aux
+
+        return jax.shard_map(
+            run,
+            mesh=inner.mesh,
+            in_specs=tuple(inner.in_specs),
+            out_specs=(list(inner.out_specs), stacked),
+            axis_names=set(inner.axis_names),
+            check_vma=inner.check_vma,
+        )(*map(to_array, operands))
+
+    def _initial(self, key: Key) -> Aux:
+        """The aux values of the sites inside an equation, as if none had run."""
+        initial = self._handler.initial
+        if initial is None:
+            return {}
+        values = {}
+        for site in self._inside(key):
+            lengths = tuple(n for loop, n in site.loops if loop[: len(key)] == key)
+            values[site.name] = jax.tree.map(
+                lambda leaf, lengths=lengths: jnp.broadcast_to(
+                    jnp.expand_dims(leaf, tuple(range(len(lengths)))),
+                    lengths + jnp.shape(leaf),
+                ),
+                initial(site),
+            )
+        return values
+
+    def _inside(self, key: Key) -> list[Site]:
+        return [s for k, s in self._chosen.items() if k[: len(key)] == key]
+
+    def _merge(self, before: Any, now: Any, name: str, key: Key) -> Any:
+        merge = self._handler.merge
+        if merge is None:
+            raise ValueError(
+                f"handler must have a merge for site {name!r} inside a while loop, got "
+                "None; or leave the site out with select"
+            )
+        (site,) = (s for s in self._inside(key) if s.name == name)
+        for _ in [loop for loop, _ in site.loops if loop[: len(key)] == key]:
+            merge = jax.vmap(merge)
+        return merge(before, now)
+
+
+_ENTER: dict[type, Any] = {
+    compat.Inner: _Interpreter._inner,
+    compat.Remat: _Interpreter._remat,
+    compat.CustomRule: _Interpreter._custom_rule,
+    compat.Scan: _Interpreter._scan,
+    compat.Cond: _Interpreter._cond,
+    compat.While: _Interpreter._while,
+    compat.ShardMap: _Interpreter._shard_map,
+}
+
+
+def _read(env: dict[Any, Any], var: Any) -> Any:
+    return var.val if isinstance(var, compat.Literal) else env[var]
+
+
+def _view(eqn: Any, operands: Values) -> Any:
+    """Let a compressed operand take a view of itself."""
+    first, *rest = operands
+    if not is_compressed(first) or any(map(is_compressed, rest)):
+        return None
+    return first.after(eqn.primitive.name, eqn.params, rest)
+
+
+def _constrained(values: Values, shardings: Sequence[Any]) -> Values:
+    """Keep the shardings that an inner `jit` asked for."""
+    if all(sharding is None for sharding in shardings):
+        return values
+    constrain: Any = lax.with_sharding_constraint
+    return [
+        value if sharding is None else constrain(to_array(value), sharding)
+        for value, sharding in zip(values, shardings, strict=True)
+    ]

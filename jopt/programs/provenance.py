@@ -1,0 +1,371 @@
+"""What every value of a program comes from, followed through all of its bodies.
+
+A value is constant, a view of one leaf, derived from leaves alone, or data: dependent
+on the inputs. Control flow joins what meets: a carry or a branch that may be either is
+the less certain of the two. Where a view or a derived value meets data in an operation
+that multiplies or looks up is a site; where it meets data in any other is an other use.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jopt.programs import compat, operations, views
+from jopt.programs.flows import CONSTANT, DATA, Flow, Key, Kind, join, of_view
+from jopt.programs.views import View
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One operation that multiplies or looks up.
+
+    Attributes:
+        name: the path of the leaf, with '#k' for its later uses; of sites without one
+            leaf, the kind and an ordinal.
+        key: the way to the equation through the bodies of the program.
+        kind: "weight" and "gather" consume a view of one leaf, "derived" a value
+            computed from leaves, "activation" two values that depend on the inputs;
+            "constant" has an operand that depends on neither.
+        primitive: its name in JAX.
+        operand: which operand the leaf is, 0 or 1.
+        view: how the operand looks at the leaf; None if it is not one leaf.
+        leaves: positions of the leaves, in the order of `jax.tree.leaves`.
+        leaf_paths: their paths.
+        roles: of the axes of the leaf: "in" is contracted, "out" stays, "batch" is
+            shared by both operands, "index" is looked up, "stacked" is sliced away
+            layer by layer, "mixed" is several of them.
+        in_shapes: of the operands, with dtypes.
+        out_shape: of the result, with dtype.
+        loops: the key and the length of every scan around it.
+        guards: the branches and `while` loops around it.
+        runs: how often it runs, on all devices.
+        flops: of all runs, multiply and add counted as two.
+        bytes: read and written by all runs.
+        stack: the modules it was traced in, where the framework says so.
+        why_not: why a handler never sees it, or None.
+    """
+
+    key: Key
+    kind: Kind
+    primitive: str
+    operand: int
+    view: View | None
+    leaves: frozenset[int]
+    roles: dict[int, str]
+    in_shapes: tuple[Any, ...]
+    out_shape: Any
+    loops: tuple[tuple[Key, int], ...]
+    guards: tuple[str, ...]
+    runs: int
+    flops: int
+    bytes: int
+    stack: str
+    why_not: str | None
+    name: str = ""
+    leaf_paths: tuple[str, ...] = ()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether a handler can be called here."""
+        return self.why_not is None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether one operand is a view of one leaf."""
+        return self.kind in ("weight", "gather")
+
+    @property
+    def path(self) -> str:
+        """The path of the leaf, `''` if there is not exactly one."""
+        return self.leaf_paths[0] if self.is_weight else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the program a body stands."""
+
+    key: Key = ()
+    loops: tuple[tuple[Key, int], ...] = ()
+    guards: tuple[str, ...] = ()
+    runs: int = 1
+    why_not: str | None = None
+
+    def enter(self, *key: int | str, **changes: Any) -> "_Place":
+        return dataclasses.replace(self, key=self.key + key, **changes)
+
+
+class Walk:
+    """Follows flows through a program, and notes sites and other uses on the way.
+
+    Attributes:
+        sites: in program order, not yet named.
+        other_uses: leaf to the primitives that consume it outside of sites.
+    """
+
+    def __init__(self, leaf_ranks: Sequence[int], *, inline: bool) -> None:
+        self.sites: list[Site] = []
+        self.other_uses: dict[int, dict[str, None]] = {}
+        self._ranks = leaf_ranks
+        self._inline = inline
+
+    def run(self, body: compat.Body, flows: Sequence[Flow]) -> int:
+        """Walk the whole program.
+
+        Args:
+            body: of the program.
+            flows: of its arguments.
+
+        Returns:
+            The floating point operations of one call.
+        """
+        results, flops = self._body(body, flows, _Place())
+        self._use("returned", [flow for flow in results if flow.is_param])
+        return flops
+
+    def _body(
+        self, body: compat.Body, flows: Sequence[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        env: dict[Any, Flow] = dict.fromkeys(body.constvars, CONSTANT)
+        env.update(zip(body.invars, flows, strict=True))
+        total = 0
+        for i, eqn in enumerate(body.eqns):
+            operands = [_read(env, var) for var in eqn.invars]
+            results, flops = self._eqn(eqn, operands, place.enter(i))
+            env.update(zip(eqn.outvars, results, strict=True))
+            total += flops
+        return [_read(env, var) for var in body.outvars], total
+
+    def _eqn(
+        self, eqn: Any, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        inner = compat.control(eqn)
+        if inner is not None:
+            return _ENTER[type(inner)](self, inner, flows, place)
+        operation = operations.TABLE.get(eqn.primitive.name)
+        if operation is not None and eqn.primitive.name != "gather":
+            return self._operation(eqn, flows, place, operation)
+        params = [i for i, flow in enumerate(flows) if flow.is_param]
+        if not params:
+            is_data = any(flow.kind == "data" for flow in flows)
+            return [DATA if is_data else CONSTANT] * len(eqn.outvars), 0
+        return self._views(eqn, flows, place, params), 0
+
+    def _views(
+        self, eqn: Any, flows: list[Flow], place: _Place, params: list[int]
+    ) -> list[Flow]:
+        """Look through what has params among its operands."""
+        name = eqn.primitive.name
+        if name == "optimization_barrier":
+            return list(flows)
+        is_const = [flow.kind == "constant" for flow in flows]
+        leaves = frozenset().union(*(flow.leaves for flow in flows))
+        if len(params) == 1 and flows[params[0]].view is not None:
+            view = flows[params[0]].view
+            assert view is not None
+            found = views.step(eqn, view, params[0], is_const)
+            if all(v is not None for v in found):
+                return [of_view(v, leaves) for v in found]
+            if name == "gather" and params == [0]:
+                self._note(eqn, flows, place, operations.TABLE["gather"])
+                return [DATA]
+        if all(flow.kind != "data" for flow in flows):
+            return [Flow("derived", None, leaves)] * len(eqn.outvars)
+        opaque = " (opaque)" if compat.holds_bodies(eqn) else ""
+        self._use(name + opaque, [flows[i] for i in params])
+        return [DATA] * len(eqn.outvars)
+
+    def _operation(
+        self,
+        eqn: Any,
+        flows: list[Flow],
+        place: _Place,
+        operation: operations.Operation,
+    ) -> tuple[list[Flow], int]:
+        flops = operation.flops(eqn)
+        pair = flows[:2]
+        if all(flow.is_param for flow in pair):
+            leaves = pair[0].leaves | pair[1].leaves
+            return [Flow("derived", None, leaves)], flops
+        if all(flow.kind == "constant" for flow in pair):
+            return [CONSTANT], flops
+        self._note(eqn, flows, place, operation)
+        is_data = any(flow.kind == "data" for flow in flows)
+        leaves = pair[0].leaves | pair[1].leaves
+        return [DATA if is_data else Flow("derived", None, leaves)], flops
+
+    def _note(
+        self,
+        eqn: Any,
+        flows: list[Flow],
+        place: _Place,
+        operation: operations.Operation,
+    ) -> None:
+        name, pair = eqn.primitive.name, flows[:2]
+        operand = next((i for i, flow in enumerate(pair) if flow.is_param), 1)
+        view = pair[operand].view
+        kind: Kind = "gather" if name == "gather" else "weight"
+        if pair[operand].kind == "derived":
+            kind = "derived"
+        elif not pair[operand].is_param:
+            is_constant = any(flow.kind == "constant" for flow in pair)
+            kind = "constant" if is_constant else "activation"
+        avals = [var.aval for var in (*eqn.invars[:2], *eqn.outvars)]
+        roles = {}
+        if view is not None:
+            axes = operation.roles(eqn, operand)
+            roles = _leaf_roles(view, axes, self._ranks[view.leaf])
+        self.sites.append(
+            Site(
+                key=place.key,
+                kind=kind,
+                primitive=name,
+                operand=operand,
+                view=view,
+                leaves=pair[operand].leaves,
+                roles=roles,
+                in_shapes=tuple(map(compat.aval_of, avals[:2])),
+                out_shape=compat.aval_of(avals[2]),
+                loops=place.loops,
+                guards=place.guards,
+                runs=place.runs,
+                flops=operation.flops(eqn) * place.runs,
+                bytes=operation.bytes(eqn) * place.runs,
+                stack=compat.name_stack(eqn),
+                why_not=place.why_not,
+            )
+        )
+
+    def _use(self, name: str, flows: Iterable[Flow]) -> None:
+        for flow in flows:
+            for leaf in flow.leaves:
+                self.other_uses.setdefault(leaf, {})[name] = None
+
+    def _inner(
+        self, inner: Any, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        return self._body(inner.body, flows, place)
+
+    def _custom_rule(
+        self, inner: compat.CustomRule, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        if not self._inline:
+            why_not = f"inside {inner.name}, whose gradient rule would be lost"
+            place = place.enter(why_not=place.why_not or why_not)
+        return self._body(inner.body, flows, place)
+
+    def _cond(
+        self, inner: compat.Cond, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        results: list[list[Flow]] = []
+        flops = [0]
+        for i, branch in enumerate(inner.branches):
+            guards = (*place.guards, f"branch {i}")
+            found, count = self._body(branch, flows[1:], place.enter(i, guards=guards))
+            results.append(found)
+            flops.append(count)
+        joined = [
+            functools.reduce(join, column) for column in zip(*results, strict=True)
+        ]
+        if flows[0].kind == "data":  # which branch ran depends on the inputs
+            joined = [
+                flow if len(set(column)) == 1 else DATA
+                for flow, column in zip(joined, zip(*results, strict=True), strict=True)
+            ]
+        return joined, max(flops)
+
+    def _scan(
+        self, inner: compat.Scan, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        first = inner.num_consts + inner.num_carry
+        consts, carry = flows[: inner.num_consts], flows[inner.num_consts : first]
+        xs = [flow.unstacked() for flow in flows[first:]]
+        place = place.enter(
+            loops=(*place.loops, (place.key, inner.length)),
+            runs=place.runs * inner.length,
+        )
+
+        def body(carry: list[Flow]) -> tuple[list[Flow], int]:
+            return self._body(inner.body, [*consts, *carry, *xs], place)
+
+        results, flops = self._fixpoint(body, carry)
+        ys = [flow.stacked() for flow in results[inner.num_carry :]]
+        return results[: inner.num_carry] + ys, flops * inner.length
+
+    def _while(
+        self, inner: compat.While, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        first = inner.num_condition_consts + inner.num_body_consts
+        consts = flows[inner.num_condition_consts : first]
+        place = place.enter("body", guards=(*place.guards, "while"))
+
+        def body(carry: list[Flow]) -> tuple[list[Flow], int]:
+            return self._body(inner.body, [*consts, *carry], place)
+
+        results, flops = self._fixpoint(body, flows[first:])
+        why_not = place.why_not or "in the condition of a while loop"
+        condition = dataclasses.replace(
+            place, key=(*place.key[:-1], "condition"), why_not=why_not
+        )
+        operands = flows[: inner.num_condition_consts] + results
+        stops, count = self._body(inner.condition, operands, condition)
+        if stops[0].kind == "data":  # how often the body ran depends on the inputs
+            results = [
+                after if after == before else DATA
+                for before, after in zip(flows[first:], results, strict=True)
+            ]
+        return results, flops + count
+
+    def _fixpoint(
+        self, body: Callable[[list[Flow]], tuple[list[Flow], int]], carry: list[Flow]
+    ) -> tuple[list[Flow], int]:
+        """Run a body until its carry is what it was; only the last run is kept."""
+        while True:
+            num_sites = len(self.sites)
+            uses = {leaf: dict(names) for leaf, names in self.other_uses.items()}
+            results, flops = body(carry)
+            joined = [join(a, b) for a, b in zip(carry, results, strict=False)]
+            if joined == carry:
+                return carry + results[len(carry) :], flops
+            carry = joined
+            del self.sites[num_sites:]
+            self.other_uses = uses
+
+    def _shard_map(
+        self, inner: compat.ShardMap, flows: list[Flow], place: _Place
+    ) -> tuple[list[Flow], int]:
+        sizes = compat.axis_sizes(inner.mesh)
+        devices = math.prod(sizes[name] for name in inner.axis_names)
+        shapes = [var.aval.shape for var in inner.body.invars]
+        flows = [flow.resized(shape) for flow, shape in zip(flows, shapes, strict=True)]
+        place = place.enter(runs=place.runs * devices)
+        results, flops = self._body(inner.body, flows, place)
+        return [flow.stacked() for flow in results], flops * devices
+
+
+_ENTER: dict[type, Any] = {
+    compat.Inner: Walk._inner,
+    compat.Remat: Walk._inner,
+    compat.CustomRule: Walk._custom_rule,
+    compat.Cond: Walk._cond,
+    compat.Scan: Walk._scan,
+    compat.While: Walk._while,
+    compat.ShardMap: Walk._shard_map,
+}
+
+
+def _read(env: dict[Any, Flow], var: Any) -> Flow:
+    return CONSTANT if isinstance(var, compat.Literal) else env[var]
+
+
+def _leaf_roles(view: View, roles: Sequence[str], rank: int) -> dict[int, str]:
+    """Turn the roles of an operand's axes into those of the leaf's."""
+    found: dict[int, set[str]] = {axis: set() for axis in range(rank)}
+    for axes, role in zip(views.axes_of(view), roles, strict=True):
+        for axis in axes:
+            found[axis].add(role)
+    return {
+        axis: "stacked" if not r else r.pop() if len(r) == 1 else "mixed"
+        for axis, r in found.items()
+    }

@@ -1,0 +1,1 @@
+"""Tests of `jopt.programs`, and the models they share."""
