@@ -15,7 +15,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   update_masks, get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
-    a function    sites, rewrite with a Handler
+    a function    sites, rewrite with a Handler, record a Statistic, functional
     a loss        distillation
 """
 
@@ -33,9 +33,15 @@ from jopt.arrays.quantized import QuantizedArray as QuantizedArray
 from jopt.arrays.quantized import dequantize as dequantize
 from jopt.arrays.quantized import fake_quantize as fake_quantize
 from jopt.arrays.specs import QuantSpec as QuantSpec
+from jopt.programs import statistics as statistics
 from jopt.programs.handlers import Handler as Handler
 from jopt.programs.handlers import Use as Use
 from jopt.programs.interpret import rewrite as rewrite
+from jopt.programs.modules import functional as functional
+from jopt.programs.record import Recording as Recording
+from jopt.programs.record import Statistic as Statistic
+from jopt.programs.record import record as record
+from jopt.programs.sites import SiteTable as SiteTable
 from jopt.programs.sites import sites as sites
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks

@@ -6,9 +6,10 @@ that holds other bodies (a scan, a branch, a jitted call) into a record of its o
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import numpy as np
 from jax.extend import core
@@ -141,19 +142,32 @@ class Traced:
     out_tree: Any
 
 
-def trace(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """Trace a jitted function; the second time at the same shapes costs nothing.
+def trace(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Traced:
+    """Trace a function; the second time at the same shapes costs nothing.
 
     Args:
-        jitted: what `jax.jit` returned.
+        function: a pure one. What it closes over becomes constants, tracers among them.
         args: arrays or their shapes.
         kwargs: the same by name.
 
     Returns:
-        The traced function. At the same shapes the body's jaxpr is the same object.
+        The traced function. At the same shapes the body's jaxpr is the same object,
+        unless the function closes over tracers.
+
+    Raises:
+        ValueError: the function is not pure.
     """
-    traced = jitted.trace(*args, **kwargs)
-    return Traced(_open(traced.jaxpr), jax.tree.structure(traced.out_info))
+    try:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+    except (jax.errors.UnexpectedTracerError, flax.errors.TraceContextError) as error:
+        raise ValueError(
+            "apply must be pure: it reads or writes state outside of its arguments; "
+            "jopt.functional(module) makes a pure function of a module, "
+            "mutable=True one that returns its state"
+        ) from error
+    return Traced(_open(closed), jax.tree.structure(shapes))
 
 
 def control(eqn: Any) -> Control | None:

@@ -1,7 +1,7 @@
 """What a handler is, and what it sees of a site."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ class Use:
         operands: those of the operation, arrays or compressed arrays.
         default: computes the operation on given operands, arrays or compressed ones,
             which it decompresses.
-        primitive_params: the parameters of the operation in JAX.
+        rest: its further operands: the group sizes of a `ragged_dot`.
     """
 
     site: Site
     operands: tuple[Any, ...]
     default: Callable[..., jax.Array]
-    primitive_params: Mapping[str, Any]
+    rest: tuple[Any, ...] = ()
 
     @property
     def weight(self) -> Any:

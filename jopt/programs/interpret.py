@@ -49,21 +49,20 @@ def rewrite(
         `params` may be compressed arrays.
 
     Raises:
-        ValueError: (when called) the handler returns a result of another shape, or
-            selects a site inside a `while` loop without a `merge`.
+        ValueError: (when called) `apply` is not pure, or the handler returns a result
+            of another shape or selects a site inside a `while` loop without a `merge`.
 
     >>> halved = Handler(lambda use: use.run(weight=use.weight / 2))
     >>> apply = lambda params, x: x @ params["w"]
     >>> rewrite(apply, halved)({"w": jnp.eye(2)}, jnp.ones((1, 2)))
     Array([[0.5, 0.5]], dtype=float32)
     """
-    jitted = jax.jit(apply)
 
     # Only when called eagerly does this jit do more than the one around it.
     @jax.jit
     def run(params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         analysis = sites.analyse(
-            jitted, params, inputs, kwargs, inline_custom_rules=inline_custom_rules
+            apply, params, inputs, kwargs, inline_custom_rules=inline_custom_rules
         )
         chosen = {
             site.key: site
@@ -141,7 +140,7 @@ class _Interpreter:
         def default(*pair: Any) -> jax.Array:
             return compat.bind(eqn, [*map(to_array, pair), *rest])[0]
 
-        use = Use(site, tuple(operands[:2]), default, eqn.params)
+        use = Use(site, tuple(operands[:2]), default, tuple(rest))
         result, aux = self._handler.call(use), None
         if self._handler.initial is not None:
             result, aux = result

@@ -36,6 +36,7 @@ class Site:
         roles: of the axes of the leaf: "in" is contracted, "out" stays, "batch" is
             shared by both operands, "index" is looked up, "stacked" is sliced away
             layer by layer, "mixed" is several of them.
+        params: of the primitive in JAX, such as its dimension numbers.
         in_shapes: of the operands, with dtypes.
         out_shape: of the result, with dtype.
         loops: the key and the length of every scan around it.
@@ -54,6 +55,7 @@ class Site:
     view: View | None
     leaves: frozenset[int]
     roles: dict[int, str]
+    params: dict[str, Any]
     in_shapes: tuple[Any, ...]
     out_shape: Any
     loops: tuple[tuple[Key, int], ...]
@@ -211,7 +213,6 @@ class Walk:
         elif not pair[operand].is_param:
             is_constant = any(flow.kind == "constant" for flow in pair)
             kind = "constant" if is_constant else "activation"
-        avals = [var.aval for var in (*eqn.invars[:2], *eqn.outvars)]
         roles = {}
         if view is not None:
             axes = operation.roles(eqn, operand)
@@ -225,8 +226,9 @@ class Walk:
                 view=view,
                 leaves=pair[operand].leaves,
                 roles=roles,
-                in_shapes=tuple(map(compat.aval_of, avals[:2])),
-                out_shape=compat.aval_of(avals[2]),
+                params=eqn.params,
+                in_shapes=tuple(compat.aval_of(var.aval) for var in eqn.invars),
+                out_shape=compat.aval_of(eqn.outvars[0].aval),
                 loops=place.loops,
                 guards=place.guards,
                 runs=place.runs,

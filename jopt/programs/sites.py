@@ -131,7 +131,7 @@ def sites(
         bytes are its attributes.
 
     Raises:
-        ValueError: `params` has no leaf.
+        ValueError: `params` has no leaf, or `apply` is not pure.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 4))}
@@ -139,7 +139,7 @@ def sites(
     >>> table["a"].roles, table.flops, table.uncovered
     ({0: 'in', 1: 'out'}, 48, {'b': 'used by add'})
     """
-    return analyse(jax.jit(apply), params, inputs, kwargs).table
+    return analyse(apply, params, inputs, kwargs).table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,17 +156,17 @@ class Analysis:
 
 
 def analyse(
-    jitted: Any,
+    apply: Callable[..., Any],
     params: Any,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
     inline_custom_rules: bool = False,
 ) -> Analysis:
-    """Trace a jitted function and find its sites; again at the same shapes for nothing.
+    """Trace a function and find its sites; again at the same shapes for nothing.
 
     Args:
-        jitted: what `jax.jit` returned; hold on to it, for its cache is what is used.
+        apply: a pure function; JAX's cache of traces goes by its identity.
         params: a pytree of arrays, their shapes or compressed arrays.
         inputs: arrays or their shapes.
         kwargs: the same by name.
@@ -177,7 +177,7 @@ def analyse(
         The program and its table.
 
     Raises:
-        ValueError: `params` has no leaf.
+        ValueError: `params` has no leaf, or `apply` is not pure.
     """
     leaves, treedef = paths.flatten_with_path(params)
     if not leaves:
@@ -188,7 +188,7 @@ def analyse(
     avals = [compat.aval_of(leaf) for _, leaf in leaves]
     names = [path for path, _ in leaves]
     rest = jax.tree.map(compat.aval_of, (inputs, dict(kwargs)))
-    traced = compat.trace(jitted, (treedef.unflatten(avals), *rest[0]), rest[1])
+    traced = compat.trace(apply, (treedef.unflatten(avals), *rest[0]), rest[1])
     cached = _CACHE.get(id(traced.body.jaxpr))
     key = (tuple(names), inline_custom_rules)
     if cached is not None and cached[0] == key:

@@ -1,0 +1,171 @@
+"""What can be kept of a site: ranges, norms, histograms, Gram matrices.
+
+Each is a function that returns a `Statistic`; a new one is a dozen lines. All are sums
+or extrema in float32, so batches may be sharded and merged in any order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jopt.programs.handlers import Use, to_array
+from jopt.programs.matrices import input_matrix
+from jopt.programs.provenance import Site
+from jopt.programs.record import Statistic
+
+
+def absmax() -> Statistic:
+    """Keep max |x| of what meets the parameter.
+
+    Returns:
+        The statistic; its value is a float32 scalar, 0 before anything ran.
+    """
+    return Statistic(
+        lambda use: jnp.max(jnp.abs(_input(use)), initial=0.0),
+        lambda site: jnp.float32(0),
+        jnp.maximum,
+    )
+
+
+def minmax() -> Statistic:
+    """Keep the least and the largest element of what meets the parameter.
+
+    Returns:
+        The statistic; its value is `{"low", "high"}`, +inf and -inf before any run.
+    """
+    return Statistic(_range, _no_range, _join_ranges)
+
+
+def moving_average(decay: float = 0.9) -> Statistic:
+    """Keep moving averages of the range of each batch.
+
+        average <- decay * average + (1 - decay) * range of the batch
+
+    with the first batch as the first average, as TensorFlow's and PyTorch's observers.
+
+    Args:
+        decay: in [0, 1): the weight of the past.
+
+    Returns:
+        The statistic; its value is `{"low", "high"}`.
+
+    Raises:
+        ValueError: `decay` is not in [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay}")
+
+    def update(before: Any, now: Any) -> Any:
+        # A site in a branch may not have run before, or not in this batch.
+        def average(before: jax.Array, now: jax.Array) -> jax.Array:
+            mixed = decay * before + (1 - decay) * now
+            mixed = jnp.where(jnp.isinf(before), now, mixed)
+            return jnp.where(jnp.isinf(now), before, mixed)
+
+        return jax.tree.map(average, before, now)
+
+    return Statistic(_range, _no_range, _join_ranges, update)
+
+
+def norms() -> Statistic:
+    """Keep the sum of squares of every input feature, and the number of rows.
+
+    Returns:
+        The statistic; its value is `{"squares" [batch, columns], "rows"}` over the
+        columns of `input_matrix`. Wanda's norms are `sqrt(squares)`.
+    """
+
+    def summarize(use: Use) -> Any:
+        x = input_matrix(use)
+        return {"squares": jnp.sum(x * x, axis=1), "rows": jnp.float32(x.shape[1])}
+
+    return _summed(summarize)
+
+
+def gram() -> Statistic:
+    """Keep X^T X of what meets the parameter, and the number of rows.
+
+    Returns:
+        The statistic; its value is `{"gram" [batch, columns, columns], "rows"}` over
+        the columns of `input_matrix`; with it tr(W^T G W) = ||X W||^2.
+    """
+
+    def summarize(use: Use) -> Any:
+        x = input_matrix(use)
+        gram = jnp.einsum("bmk,bml->bkl", x, x, precision=jax.lax.Precision.HIGHEST)
+        return {"gram": gram, "rows": jnp.float32(x.shape[1])}
+
+    return _summed(summarize)
+
+
+def histogram(low: float, high: float, *, num_bins: int = 2048) -> Statistic:
+    """Count the elements of what meets the parameter in bins of equal width.
+
+    Args:
+        low: the left end of the first bin.
+        high: the right end of the last bin.
+        num_bins: their number.
+
+    Returns:
+        The statistic; its value is float32 `[num_bins]`. Elements outside count in the
+        first and in the last bin; NaN counts nowhere.
+
+    Raises:
+        ValueError: the range is empty or there is no bin.
+    """
+    if not (np.isfinite(low) and np.isfinite(high) and low < high and num_bins > 0):
+        raise ValueError(
+            "histogram must have low < high, finite, and at least one bin, got "
+            f"low={low}, high={high}, num_bins={num_bins}"
+        )
+
+    def summarize(use: Use) -> jax.Array:
+        x = _input(use).reshape(-1)
+        place = jnp.floor((x - low) * (num_bins / (high - low)))
+        place = jnp.clip(place, 0, num_bins - 1).astype(jnp.int32)
+        counted = jnp.where(jnp.isnan(x), 0.0, 1.0)
+        return jnp.zeros(num_bins).at[place].add(counted)
+
+    return Statistic(summarize, lambda site: jnp.zeros(num_bins), jnp.add)
+
+
+def _summed(summarize: Callable[[Use], Any]) -> Statistic:
+    """Add up from zeros, of the shapes that one run would give."""
+
+    def initial(site: Site) -> Any:
+        def run(*operands: jax.Array) -> Any:
+            def default(*pair: Any) -> jax.Array:
+                raise AssertionError("a summary must not run the operation")
+
+            return summarize(Use(site, operands[:2], default, operands[2:]))
+
+        shapes = jax.eval_shape(run, *site.in_shapes)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return Statistic(summarize, initial, lambda a, b: jax.tree.map(jnp.add, a, b))
+
+
+def _range(use: Use) -> Any:
+    x = _input(use)
+    return {
+        "low": jnp.min(x, initial=jnp.inf),
+        "high": jnp.max(x, initial=-jnp.inf),
+    }
+
+
+def _no_range(site: Site) -> Any:
+    return {"low": jnp.float32(jnp.inf), "high": jnp.float32(-jnp.inf)}
+
+
+def _join_ranges(a: Any, b: Any) -> Any:
+    return {
+        "low": jnp.minimum(a["low"], b["low"]),
+        "high": jnp.maximum(a["high"], b["high"]),
+    }
+
+
+def _input(use: Use) -> jax.Array:
+    return jnp.asarray(to_array(use.x)).astype(jnp.float32)
