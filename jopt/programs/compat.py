@@ -31,6 +31,8 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+# All that `control` can read.
+ENTERED = frozenset(_CALLS) | {"scan", "while", "cond", "shard_map"}
 _REMAT = ("remat2", "checkpoint")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jopt.programs import compat, operations, views
+from jopt.programs import compat, operations, primitives, views
 from jopt.programs.flows import CONSTANT, DATA, Flow, Key, Kind, join, of_view
 from jopt.programs.views import View
 
@@ -134,28 +134,28 @@ class Walk:
         total = 0
         for i, eqn in enumerate(body.eqns):
             operands = [_read(env, var) for var in eqn.invars]
-            results, flops = self._eqn(eqn, operands, place.enter(i))
+            results, flops = self._eqn(eqn, operands, place, i)
             env.update(zip(eqn.outvars, results, strict=True))
             total += flops
         return [_read(env, var) for var in body.outvars], total
 
     def _eqn(
-        self, eqn: Any, flows: list[Flow], place: _Place
+        self, eqn: Any, flows: list[Flow], place: _Place, i: int
     ) -> tuple[list[Flow], int]:
         inner = compat.control(eqn)
         if inner is not None:
-            return _ENTER[type(inner)](self, inner, flows, place)
+            return _ENTER[type(inner)](self, inner, flows, place.enter(i))
         operation = operations.TABLE.get(eqn.primitive.name)
         if operation is not None and eqn.primitive.name != "gather":
-            return self._operation(eqn, flows, place, operation)
+            return self._operation(eqn, flows, place.enter(i), operation)
         params = [i for i, flow in enumerate(flows) if flow.is_param]
         if not params:
             is_data = any(flow.kind == "data" for flow in flows)
             return [DATA if is_data else CONSTANT] * len(eqn.outvars), 0
-        return self._views(eqn, flows, place, params), 0
+        return self._views(eqn, flows, place, i, params), 0
 
     def _views(
-        self, eqn: Any, flows: list[Flow], place: _Place, params: list[int]
+        self, eqn: Any, flows: list[Flow], place: _Place, i: int, params: list[int]
     ) -> list[Flow]:
         """Look through what has params among its operands."""
         name = eqn.primitive.name
@@ -170,12 +170,13 @@ class Walk:
             if all(v is not None for v in found):
                 return [of_view(v, leaves) for v in found]
             if name == "gather" and params == [0]:
-                self._note(eqn, flows, place, operations.TABLE["gather"])
+                gather = operations.TABLE["gather"]
+                self._note(eqn, flows, place.enter(i), gather)
                 return [DATA]
         if all(flow.kind != "data" for flow in flows):
             return [Flow("derived", None, leaves)] * len(eqn.outvars)
-        opaque = " (opaque)" if compat.holds_bodies(eqn) else ""
-        self._use(name + opaque, [flows[i] for i in params])
+        is_opaque = primitives.is_opaque(name, holds_bodies=compat.holds_bodies(eqn))
+        self._use(name + " (opaque)" * is_opaque, [flows[i] for i in params])
         return [DATA] * len(eqn.outvars)
 
     def _operation(
