@@ -132,7 +132,8 @@ class _Interpreter:
             view = _view(eqn, operands)
             if view is not None:
                 return [view], {}
-        return compat.bind(eqn, [to_array(value) for value in operands]), {}
+            operands = [to_array(value) for value in operands]
+        return compat.bind(eqn, operands), {}
 
     def _site(self, eqn: Any, operands: Values, site: Site) -> tuple[Values, Aux]:
         rest = operands[2:]
