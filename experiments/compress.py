@@ -1,4 +1,4 @@
-"""The main job: train a model, compress it in seven ways, and compare.
+"""The main job: train a model, compress it in nine ways, and compare.
 
     python -m experiments.compress
     python -m experiments.compress --data-dir DIR --model gpt --steps 2000 --seeds 1
@@ -37,8 +37,8 @@ from sklearn.metrics import f1_score, recall_score
 
 import jopt
 from experiments import data as datasets
-from experiments import html_report, models, plots, train
-from experiments.variants import VARIANTS, Variant
+from experiments import deploy, html_report, models, plots, train
+from experiments.variants import INT8, VARIANTS, Variant
 
 TEMPERATURE, SOFT_SHARE = 4.0, 0.7
 
@@ -153,29 +153,6 @@ def make_predict(apply: models.Apply):
     return predict
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """Add up the files of a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def ship(variant: Variant, result: train.Result, folder: Path) -> Any:
-    """Save what would be deployed, read it back, and return it as floats."""
-    params = result.params
-    if variant.spec is not None:
-        scales = jopt.get_scales(result.state)
-        params = jopt.quantize(params, variant.spec, scales=scales)
-    jopt.save(folder, params, overwrite=True)
-    shipped = jopt.dequantize(jopt.restore(folder))
-    for a, b in zip(
-        jax.tree.leaves(shipped), jax.tree.leaves(result.params), strict=True
-    ):
-        if not bool(jnp.array_equal(a, b)):
-            raise RuntimeError(
-                f"what {variant.name} ships differs from what it trained"
-            )
-    return shipped
-
-
 class Job:
     """The runs of one folder, in order, skipping what is finished."""
 
@@ -187,10 +164,21 @@ class Job:
             False: model_config(config, self.data),
             True: models.student_of(model_config(config, self.data)),
         }
-        self.predicts = {
-            small: make_predict(models.build(size, self.data, seed=0)[0])
+        self.applies = {
+            small: models.build(size, self.data, seed=0)[0]
             for small, size in self.sizes.items()
         }
+        # Variants that run the same program share its compilation.
+        self.predicts = {}
+        for variant in VARIANTS:
+            key = self.program(variant)
+            apply = deploy.deployed(self.applies[variant.is_student], variant)
+            self.predicts.setdefault(key, make_predict(apply))
+
+    def program(self, variant: Variant) -> str:
+        """Name what runs a variant when it is deployed."""
+        size = "student" if variant.is_student else "full"
+        return f"{size} {variant.activations or 'float'}"
 
     def folder(self, variant: Variant, seed: int) -> Path:
         """Return where a run lives."""
@@ -200,18 +188,19 @@ class Job:
         """Run all seeds of a variant with one compiled step."""
         config = self.config
         records = [self.folder(variant, s) / "result.json" for s in range(config.seeds)]
-        tx = variant.make_tx(config.steps, config.learning_rate)
+        steps = variant.num_steps(config.steps)
+        tx = variant.make_tx(max(steps, 1), config.learning_rate)
         trainer = None
         for seed, record in enumerate(records):
             if record.exists():
-                tell(variant, seed, config.steps)
+                tell(variant, seed, steps)
                 continue
             if trainer is None:
-                apply, _ = models.build(
-                    self.sizes[variant.is_student], self.data, seed=0
-                )
-                teacher, _ = models.build(self.sizes[False], self.data, seed=0)
-                loss = make_loss(apply, teacher if variant.has_teacher else None)
+                apply = self.applies[variant.is_student]
+                if variant.activations is not None:
+                    apply = jopt.fake_quantize(apply, INT8, activations=INT8)
+                teacher = self.applies[False] if variant.has_teacher else None
+                loss = make_loss(apply, teacher)
                 trainer = train.make_trainer(loss, tx, parallel=config.parallel)
             result = self.run(variant, seed, trainer, tx, tell)
             write_atomically(record, json.dumps(result, indent=2))
@@ -221,18 +210,22 @@ class Job:
         """Train, ship and evaluate one model."""
         config, folder = self.config, self.folder(variant, seed)
         _, params = models.build(self.sizes[variant.is_student], self.data, seed=seed)
-        teacher = None
-        if variant.has_teacher:
-            teacher = jopt.restore(self.folder(VARIANTS[0], seed) / "artefact")
+        dense = self.folder(VARIANTS[0], seed) / "artefact"
+        teacher = jopt.restore(dense) if variant.has_teacher else None
+        if variant.share_of_steps < 1:
+            params = jopt.restore(dense)
+
+        def batch(step: int) -> datasets.Batch:
+            size = config.batch_size
+            return datasets.batch_at(self.data, seed=seed, step=step, size=size)
+
         result = train.fit(
             trainer,
             tx,
             params,
-            lambda step: datasets.batch_at(
-                self.data, seed=seed, step=step, size=config.batch_size
-            ),
+            batch,
             train.TrainConfig(
-                config.steps,
+                variant.num_steps(config.steps),
                 config.batch_size,
                 config.parallel,
                 log_every=max(config.steps // 50, 1),
@@ -243,21 +236,47 @@ class Job:
             probe=lambda params, state: {"sparsity": train.zero_fraction(params)},
             on_step=lambda step: tell(variant, seed, step),
         )
-        artefact = folder / "artefact"
-        shipped = ship(variant, result, artefact)
-        leaves = jax.tree.leaves(shipped)
+        artefact, apply = folder / "artefact", self.applies[variant.is_student]
+        start = time.perf_counter()
+        inputs = (batch(step)["x"] for step in range(deploy.CALIBRATION_BATCHES))
+        shipped = deploy.ship(
+            variant, apply, result.params, result.state, inputs, artefact
+        )
+        calibrating = time.perf_counter() - start if variant.activations else 0.0
+        leaves = jax.tree.leaves(result.params)
         return {
             "variant": variant.name,
             "seed": seed,
-            **evaluate(self.predicts[variant.is_student], shipped, self.test),
+            **evaluate(self.predicts[self.program(variant)], shipped, self.test),
             "num_params": sum(x.size for x in leaves),
             "nonzero_params": sum(int(jnp.count_nonzero(x)) for x in leaves),
-            "bytes": bytes_on_disk(artefact),
-            "seconds": result.seconds,
+            "bytes": deploy.bytes_on_disk(artefact),
+            "seconds": result.seconds + calibrating,
+        }
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Count the operations of what is deployed, and time a batch through it."""
+        programs, counts = {}, {}
+        x = jnp.asarray(self.test["x"][: self.config.batch_size])
+        for variant in VARIANTS:
+            key, apply = self.program(variant), self.applies[variant.is_student]
+            if key in programs:
+                continue
+            shipped = jopt.restore(self.folder(variant, 0) / "artefact")
+            programs[key] = deploy.deployed(apply, variant), shipped
+            params = shipped if variant.activations is None else shipped["params"]
+            counts[key] = deploy.flops(apply, params, x)
+        times = deploy.milliseconds(programs, x)
+        keys = {variant.name: self.program(variant) for variant in VARIANTS}
+        return {
+            name: {"flops": counts[key], "milliseconds": times[key]}
+            for name, key in keys.items()
         }
 
 
-def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarise(
+    results: dict[str, list[dict[str, Any]]], measured: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
     """Reduce the seeds of each variant to mean and standard deviation."""
     rows = []
     for variant in VARIANTS:
@@ -271,6 +290,7 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             row[f"{key}_std"] = spread
         for key in ("num_params", "nonzero_params", "bytes", "seconds"):
             row[key] = float(np.median([run[key] for run in runs]))
+        row |= measured[variant.name]
         row["is_harmless"] = variant.is_harmless
         rows.append(row)
     return rows
@@ -285,20 +305,22 @@ def make_table(rows: list[dict[str, Any]], data: datasets.Dataset, seeds: int) -
     # Narrow on purpose: it is to fit 80 columns.
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.collapse_padding, table.pad_edge = 0, True, False
-    columns = ["variant", "accuracy %", "recall %", "F1 %"]
+    columns = ["variant", "accuracy %", "F1 %"]
     columns += ["bits/char"] if data.kind == "text" else []
-    columns += ["nonzero", "kB", "ratio", "sec"]
+    columns += ["nonzero", "kB", "ratio", "MFLOP", "ms", "sec"]
     for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:
         cells = [row["label"]]
-        cells += [html_report.percent(row, k, 1) for k in ("accuracy", "recall", "f1")]
+        cells += [html_report.percent(row, key, 1) for key in ("accuracy", "f1")]
         if data.kind == "text":
             cells.append(f"{row['bits_per_character']:.3f}")
         cells += [
             f"{row['nonzero_params']:,.0f}",
             f"{row['bytes'] / 1000:,.1f}",
             f"{dense['bytes'] / row['bytes']:.1f}x",
+            f"{row['flops'] / 1e6:.1f}",
+            f"{row['milliseconds']:.1f}",
             f"{row['seconds']:.1f}",
         ]
         table.add_row(*cells)
@@ -325,18 +347,18 @@ def main(config: Config) -> None:
         TimeRemainingColumn(),
         console=console,
     ) as progress:
-        total = len(VARIANTS) * config.seeds * config.steps
-        task = progress.add_task("starting", total=total)
+        lengths = [variant.num_steps(config.steps) for variant in VARIANTS]
+        task = progress.add_task("starting", total=sum(lengths) * config.seeds)
         for i, variant in enumerate(VARIANTS):
 
             def tell(variant, seed, step, i=i):
-                before = (i * config.seeds + seed) * config.steps
+                before = sum(lengths[:i]) * config.seeds + seed * lengths[i]
                 text = f"{variant.label}, seed {seed}"
                 progress.update(task, completed=before + step, description=text)
 
             results[variant.name] = job.run_variant(variant, tell)
         progress.update(task, description="done")
-    rows = summarise(results)
+    rows = summarise(results, job.measure())
     table = make_table(rows, job.data, config.seeds)
     summary = {
         "data": job.data.name,

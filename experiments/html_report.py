@@ -115,7 +115,8 @@ def _table(rows: list[dict[str, Any]], kind: str) -> str:
     dense = rows[0]
     heads = ["variant", "accuracy %", "macro recall %", "macro F1 %"]
     heads += ["bits per character"] if kind == "text" else []
-    heads += ["parameters", "non-zero", "bytes on disk", "smaller", "train s"]
+    heads += ["parameters", "non-zero", "bytes on disk", "smaller"]
+    heads += ["MFLOP", "ms per batch", "train s"]
     lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for row in rows:
         cells = [html.escape(row["label"])]
@@ -126,6 +127,8 @@ def _table(rows: list[dict[str, Any]], kind: str) -> str:
             f"{row['nonzero_params']:,.0f}",
             f"{row['bytes']:,.0f}",
             f"{dense['bytes'] / row['bytes']:.1f}×",
+            f"{row['flops'] / 1e6:.2f}",
+            f"{row['milliseconds']:.2f}",
             f"{row['seconds']:.1f}",
         ]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -164,8 +167,8 @@ def write(
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>One model, compressed seven ways</title><style>{STYLE}</style></head><body>
-<h1>One model, compressed seven ways</h1>
+<title>One model, compressed nine ways</title><style>{STYLE}</style></head><body>
+<h1>One model, compressed nine ways</h1>
 <p class="lead">{html.escape(summary["data"])}, {html.escape(model)},
 {summary["steps"]:,} steps, {seeds}. All variants of a seed start from the same
 parameters and see the same batches.</p>
@@ -178,7 +181,9 @@ weights are stored as they are and shrink by compression; quantized ones are pac
 {_table(rows, summary["kind"])}
 <p class="note">Mean ± standard deviation over {seeds} on
 {summary["test_examples"]:,} test examples; sizes and times are medians, and the time of
-a seed that compiles includes it.</p>
+a seed that compiles includes it. Operations are those of one example; the time of a
+batch is that of the deployed program, of which weight-only variants have the dense one:
+the int8 x int8 variants multiply integers.</p>
 <h2>On the way</h2>
 {_picture(pictures["sparsity"], "sparsity against step")}
 <p></p>

@@ -17,6 +17,8 @@ COLORS = {
     "int8": "#2166ac",
     "int4": "#67a9cf",
     "sparse80_int8": "#762a83",
+    "w8a8": "#01665e",
+    "w8a8_trained": "#35978f",
     "student": "#fdae61",
     "distilled": "#d73027",
 }

@@ -7,6 +7,7 @@ around the same AdamW; the loss, the loop and the data are those of the dense mo
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import optax
 
@@ -26,7 +27,13 @@ class Variant:
     spec: jopt.QuantSpec | None = None  # how weights are stored
     is_student: bool = False
     has_teacher: bool = False
+    activations: Literal["static", "dynamic"] | None = None  # ranges of int8 inputs
+    share_of_steps: float = 1.0  # below one it starts from what the dense run ended at
     is_harmless: bool = False  # what practitioners expect to cost no accuracy
+
+    def num_steps(self, steps: int) -> int:
+        """Return how many steps it trains."""
+        return round(steps * self.share_of_steps)
 
 
 def adamw(steps: int, rate: float) -> optax.GradientTransformation:
@@ -89,6 +96,11 @@ def sparse_on_grid(steps: int, rate: float) -> optax.GradientTransformation:
     )
 
 
+def tuned(steps: int, rate: float) -> optax.GradientTransformation:
+    """Train on from the dense model, at a tenth of the rate."""
+    return adamw(steps, rate / 10)
+
+
 VARIANTS = [
     Variant("dense", "dense", adamw),
     Variant("sparse90", "90 % pruned", gradually(0.9), is_harmless=True),
@@ -96,6 +108,24 @@ VARIANTS = [
     Variant("int8", "int8", on_grid(INT8), INT8, is_harmless=True),
     Variant("int4", "int4", on_grid(INT4), INT4),
     Variant("sparse80_int8", "80 % pruned + int8", sparse_on_grid, INT8),
+    # Weights and inputs in int8, multiplied as int8: calibrated, or trained for it.
+    Variant(
+        "w8a8",
+        "int8 x int8",
+        adamw,
+        INT8,
+        activations="static",
+        share_of_steps=0.0,
+        is_harmless=True,
+    ),
+    Variant(
+        "w8a8_trained",
+        "int8 x int8, trained",
+        tuned,
+        INT8,
+        activations="dynamic",
+        share_of_steps=0.25,
+    ),
     Variant("student", "student (1/4)", adamw, is_student=True),
     Variant(
         "distilled",

@@ -9,13 +9,14 @@ What happens to parameters is an Optax gradient transformation around yours:
 and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
-                  formats, QuantSpec, QuantizedArray, fake_quantize
+                  formats, QuantSpec, QuantizedArray
     many leaves   matching, report, save, restore, steps, read_metadata
     an update     project, prune, quantize_weights, get_masks, apply_masks,
                   update_masks, get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
-    a function    sites, rewrite with a Handler, record a Statistic, functional
+    a function    sites, rewrite with a Handler, record a Statistic, functional;
+                  fake_quantize, calibrate with observers, execute
     a loss        distillation
 """
 
@@ -31,9 +32,11 @@ from jopt.arrays.patterns import Unstructured as Unstructured
 from jopt.arrays.patterns import make_mask as make_mask
 from jopt.arrays.quantized import QuantizedArray as QuantizedArray
 from jopt.arrays.quantized import dequantize as dequantize
-from jopt.arrays.quantized import fake_quantize as fake_quantize
 from jopt.arrays.specs import QuantSpec as QuantSpec
 from jopt.programs import statistics as statistics
+from jopt.programs.counts import count_bytes as count_bytes
+from jopt.programs.counts import count_flops as count_flops
+from jopt.programs.counts import sites as sites
 from jopt.programs.handlers import Handler as Handler
 from jopt.programs.handlers import Use as Use
 from jopt.programs.interpret import rewrite as rewrite
@@ -42,16 +45,21 @@ from jopt.programs.record import Recording as Recording
 from jopt.programs.record import Statistic as Statistic
 from jopt.programs.record import record as record
 from jopt.programs.sites import SiteTable as SiteTable
-from jopt.programs.sites import sites as sites
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
 from jopt.pruning import get_masks as get_masks
 from jopt.pruning import prune as prune
 from jopt.pruning import scores as scores
 from jopt.pruning import update_masks as update_masks
+from jopt.quantization import calibrate as calibrate
+from jopt.quantization import execute as execute
+from jopt.quantization import fake_quantize as fake_quantize
+from jopt.quantization import fold_batch_norm as fold_batch_norm
 from jopt.quantization import get_scales as get_scales
+from jopt.quantization import observers as observers
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
+from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore
 from jopt.trees.checkpoint import save as save

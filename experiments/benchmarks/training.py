@@ -1,10 +1,12 @@
-"""What training on the quantized grid adds to a training step.
+"""What quantization-aware training adds to a training step: time, temporary memory.
 
     python -m experiments.benchmarks.training --out FILE.json --text
     ../shared/data/shakespeare
 
 The experiments' ResNet and GPT, loss, gradients and AdamW, everything donated; plain
-and quantized steps alternate in one process.
+and quantized steps alternate in one process. `int8` and `int4` train weights on their
+grid; the others round weights and activations in the forward pass, with ranges of each
+batch per token (image) or per tensor, or with static ranges.
 """
 
 import dataclasses
@@ -48,45 +50,58 @@ def random_text() -> datasets.Dataset:
     return datasets.Dataset("random", "text", {"x": x}, {"x": x}, 65, 128)
 
 
-def steppers(apply, params, batch):
-    """Return a function per optimizer that takes one training step."""
-    transformations = {
-        "plain": optax.adamw(1e-3),
-        "int8": jopt.quantize_weights(
-            optax.adamw(1e-3), jopt.QuantSpec(jopt.formats.int8)
-        ),
-        "int4": jopt.quantize_weights(
-            optax.adamw(1e-3), jopt.QuantSpec(jopt.formats.int4)
-        ),
+INT8, INT4 = jopt.QuantSpec(jopt.formats.int8), jopt.QuantSpec(jopt.formats.int4)
+PER_TENSOR = jopt.QuantSpec(jopt.formats.int8, axis=())
+
+
+def variants(apply, params, batch):
+    """Return by name what computes the loss, and the optimizer."""
+    tx, x = optax.adamw(1e-3), batch["x"]
+    static = jopt.calibrate(apply, params, [x])
+    return {
+        "plain": (apply, tx),
+        "int8": (apply, jopt.quantize_weights(tx, INT8)),
+        "int4": (apply, jopt.quantize_weights(tx, INT4)),
+        "w8a8_token": (jopt.fake_quantize(apply, INT8, activations=INT8), tx),
+        "w8a8_tensor": (jopt.fake_quantize(apply, INT8, activations=PER_TENSOR), tx),
+        "w8a8_static": (jopt.fake_quantize(apply, static), tx),
     }
-    loss = make_loss(apply, None)
 
-    def stepper(tx):
-        trainer = train.make_trainer(loss, tx)
-        carry = [trainer.replicate(params), trainer.replicate(tx.init(params))]
-        placed = trainer.split(batch)
 
-        def run():
-            *carry[:], _ = trainer.step(*carry, None, placed)
-            return carry[0]
+def stepper(apply, tx, params, batch):
+    """Return a function that takes one training step, and its temporary bytes."""
+    trainer = train.make_trainer(make_loss(apply, None), tx)
+    carry = [trainer.replicate(params), trainer.replicate(tx.init(params))]
+    placed = trainer.split(batch)
+    lowered = trainer.step.lower(*carry, None, placed)
+    memory = lowered.compile().memory_analysis().temp_size_in_bytes
 
-        return run
+    def run():
+        *carry[:], _ = trainer.step(*carry, None, placed)
+        return carry[0]
 
-    return {name: stepper(tx) for name, tx in transformations.items()}
+    return run, memory
 
 
 def compare(config: models.ModelConfig, data: datasets.Dataset, size: int, rounds: int):
     """Time the steps of one model."""
     apply, params = models.build(config, data, seed=0)
     batch = datasets.batch_at(data, seed=0, step=0, size=size)
-    medians = measure.alternate(steppers(apply, params, batch), rounds=rounds, warmup=2)
+    runs, memory = {}, {}
+    for name, (function, tx) in variants(apply, params, batch).items():
+        runs[name], memory[name] = stepper(function, tx, params, batch)
+    medians = measure.alternate(runs, rounds=rounds, warmup=2)
     return {
         "model": dataclasses.asdict(config),
         "batch_size": size,
         "num_params": models.num_params(params),
         "milliseconds": {name: 1e3 * s for name, s in medians.items()},
         "over_plain": {name: s / medians["plain"] for name, s in medians.items()},
-        "floor": 1.1,
+        "temporary_bytes": memory,
+        "temporary_over_plain": {
+            name: m / memory["plain"] for name, m in memory.items()
+        },
+        "floor": {"weights": 1.1, "w8a8": 1.15, "temporary": 1.06},
     }
 
 

@@ -6,11 +6,13 @@ that holds other bodies (a scan, a branch, a jitted call) into a record of its o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.errors
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.sharding import Sharding
@@ -277,6 +279,23 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
         else:
             out = eqn.primitive.bind(*operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@functools.cache
+def has_scaled_matmul() -> bool:
+    """Tell whether `jax.nn.scaled_matmul` runs on the default backend.
+
+    Returns:
+        False where this JAX has no lowering of it.
+    """
+    shape: Any = jax.ShapeDtypeStruct
+    codes = shape((1, 32, 32), jnp.float8_e4m3fn)
+    scales = shape((1, 32, 1), jnp.float8_e8m0fnu)
+    try:
+        jax.jit(jax.nn.scaled_matmul).lower(codes, codes, scales, scales)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def name_stack(eqn: Any) -> str:

@@ -20,12 +20,14 @@ class Use:
         default: computes the operation on given operands, arrays or compressed ones,
             which it decompresses.
         rest: its further operands: the group sizes of a `ragged_dot`.
+        value: what `site_values` held for the site, of this layer and device.
     """
 
     site: Site
     operands: tuple[Any, ...]
     default: Callable[..., jax.Array]
     rest: tuple[Any, ...] = ()
+    value: Any = None
 
     @property
     def weight(self) -> Any:

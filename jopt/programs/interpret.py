@@ -60,28 +60,64 @@ def rewrite(
 
     # Only when called eagerly does this jit do more than the one around it.
     @jax.jit
-    def run(params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(params: Any, inputs: Any, kwargs: Any, values: Any) -> Any:
         analysis = sites.analyse(
             apply, params, inputs, kwargs, inline_custom_rules=inline_custom_rules
         )
-        chosen = {
-            site.key: site
-            for site in analysis.table
-            if site.reachable and handler.select(site)
-        }
-        leaves = jax.tree.leaves(params, is_leaf=is_compressed)
-        values = leaves + jax.tree.leaves((inputs, kwargs))
-        interpreter = _Interpreter(handler, chosen)
-        results, aux = interpreter.body(analysis.traced.body, values, ())
-        out = jax.tree.unflatten(analysis.traced.out_tree, map(to_array, results))
-        return out if handler.initial is None else (out, aux)
+        return evaluate(analysis, handler, params, inputs, kwargs, values)
 
-    def rewritten(params: Any, *inputs: Any, **kwargs: Any) -> Any:
-        return run(params, inputs, kwargs)
+    def rewritten(
+        params: Any, *inputs: Any, site_values: Any = None, **kwargs: Any
+    ) -> Any:
+        return run(params, inputs, kwargs, site_values or {})
 
     return (
         functools.wraps(apply)(rewritten) if hasattr(apply, "__name__") else rewritten
     )
+
+
+def evaluate(
+    analysis: sites.Analysis,
+    handler: Handler,
+    params: Any,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> Any:
+    """Run an analysed function once, with a handler at each selected site.
+
+    Args:
+        analysis: of the function, at the shapes of what follows.
+        handler: what to do at which sites.
+        params: the parameters, compressed or not.
+        inputs: the further arguments.
+        kwargs: those by name.
+        values: site name to what its `Use.value` holds, with a leading axis for each
+            scan and each `shard_map` around it, as aux values have.
+
+    Returns:
+        What the function returns, and beside it the aux values if there are any.
+
+    Raises:
+        ValueError: a value is named after no site.
+    """
+    chosen = {
+        site.key: site
+        for site in analysis.table
+        if site.reachable and handler.select(site)
+    }
+    strangers = set(values) - {site.name for site in chosen.values()}
+    if strangers:
+        raise ValueError(
+            f"site_values must be named after selected sites, got {sorted(strangers)} "
+            f"where the sites are {[site.name for site in chosen.values()]}"
+        )
+    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
+    operands = leaves + jax.tree.leaves((inputs, kwargs))
+    interpreter = _Interpreter(handler, chosen)
+    results, aux = interpreter.body(analysis.traced.body, operands, (), dict(values))
+    out = jax.tree.unflatten(analysis.traced.out_tree, map(to_array, results))
+    return out if handler.initial is None else (out, aux)
 
 
 Values = list[Any]
@@ -97,37 +133,45 @@ class _Interpreter:
         self._on_the_way = {key[:i] for key in chosen for i in range(len(key))}
 
     def body(
-        self, body: compat.Body, values: Sequence[Any], key: Key
+        self, body: compat.Body, operands: Sequence[Any], key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         """Evaluate a body.
 
         Args:
             body: what to evaluate.
-            values: of its arguments.
+            operands: its arguments.
             key: the way to it from the top of the program.
+            values: those of the sites inside.
 
         Returns:
             The results, and the aux values of the sites inside.
         """
         env: dict[Any, Any] = dict(zip(body.constvars, body.consts, strict=True))
-        env.update(zip(body.invars, values, strict=True))
+        env.update(zip(body.invars, operands, strict=True))
         all_aux: Aux = {}
         choosers = compat.choosers(body)
         for i, eqn in enumerate(body.eqns):
-            operands = [_read(env, var) for var in eqn.invars]
+            inputs = [_read(env, var) for var in eqn.invars]
             if i in choosers and (*key, i) in self._on_the_way:
-                operands[0] = _read(env, choosers[i])
-            results, aux = self._eqn(eqn, operands, (*key, i))
+                inputs[0] = _read(env, choosers[i])
+            results, aux = self._eqn(eqn, inputs, (*key, i), values)
             env.update(zip(eqn.outvars, results, strict=True))
             all_aux.update(aux)
         return [_read(env, var) for var in body.outvars], all_aux
 
-    def _eqn(self, eqn: Any, operands: Values, key: Key) -> tuple[Values, Aux]:
+    def _eqn(
+        self, eqn: Any, operands: Values, key: Key, values: Aux
+    ) -> tuple[Values, Aux]:
         if key in self._chosen:
-            return self._site(eqn, operands, self._chosen[key])
+            return self._site(eqn, operands, self._chosen[key], values)
         if key in self._on_the_way:
             inner = compat.control(eqn)
-            return _ENTER[type(inner)](self, inner, operands, key)
+            values = {
+                site.name: values[site.name]
+                for site in self._inside(key)
+                if site.name in values
+            }
+            return _ENTER[type(inner)](self, inner, operands, key, values)
         if any(map(is_compressed, operands)):
             view = _view(eqn, operands)
             if view is not None:
@@ -135,13 +179,16 @@ class _Interpreter:
             operands = [to_array(value) for value in operands]
         return compat.bind(eqn, operands), {}
 
-    def _site(self, eqn: Any, operands: Values, site: Site) -> tuple[Values, Aux]:
+    def _site(
+        self, eqn: Any, operands: Values, site: Site, values: Aux
+    ) -> tuple[Values, Aux]:
         rest = operands[2:]
 
         def default(*pair: Any) -> jax.Array:
             return compat.bind(eqn, [*map(to_array, pair), *rest])[0]
 
-        use = Use(site, tuple(operands[:2]), default, tuple(rest))
+        value = values.get(site.name)
+        use = Use(site, tuple(operands[:2]), default, tuple(rest), value)
         result, aux = self._handler.call(use), None
         if self._handler.initial is not None:
             result, aux = result
@@ -156,45 +203,48 @@ class _Interpreter:
         return [result], {} if self._handler.initial is None else {site.name: aux}
 
     def _inner(
-        self, inner: compat.Inner, operands: Values, key: Key
+        self, inner: compat.Inner, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         operands = _constrained(operands, inner.in_shardings)
-        results, aux = self.body(inner.body, operands, key)
+        results, aux = self.body(inner.body, operands, key, values)
         return _constrained(results, inner.out_shardings), aux
 
     def _custom_rule(
-        self, inner: compat.CustomRule, operands: Values, key: Key
+        self, inner: compat.CustomRule, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
-        return self.body(inner.body, operands, key)
+        return self.body(inner.body, operands, key, values)
 
     def _remat(
-        self, inner: compat.Remat, operands: Values, key: Key
+        self, inner: compat.Remat, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         @functools.partial(
             jax.checkpoint, policy=inner.policy, prevent_cse=inner.prevent_cse
         )
-        def run(*operands: Any) -> tuple[Values, Aux]:
-            results, aux = self.body(inner.body, operands, key)
+        def run(operands: Values, values: Aux) -> tuple[Values, Aux]:
+            results, aux = self.body(inner.body, operands, key, values)
             return [to_array(value) for value in results], aux
 
-        return run(*operands)
+        return run(operands, values)
 
     def _scan(
-        self, inner: compat.Scan, operands: Values, key: Key
+        self, inner: compat.Scan, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         first = inner.num_consts + inner.num_carry
         consts = operands[: inner.num_consts]
         carry = [to_array(value) for value in operands[inner.num_consts : first]]
 
-        def step(carry: Values, xs: Values) -> tuple[Values, tuple[Values, Aux]]:
-            results, aux = self.body(inner.body, [*consts, *carry, *xs], key)
+        def step(
+            carry: Values, each: tuple[Values, Aux]
+        ) -> tuple[Values, tuple[Values, Aux]]:
+            xs, values = each
+            results, aux = self.body(inner.body, [*consts, *carry, *xs], key, values)
             results = [to_array(value) for value in results]
             return results[: inner.num_carry], (results[inner.num_carry :], aux)
 
         carry, (ys, aux) = lax.scan(
             step,
             carry,
-            operands[first:],
+            (operands[first:], values),
             length=inner.length,
             reverse=inner.reverse,
             unroll=inner.unroll,
@@ -202,11 +252,12 @@ class _Interpreter:
         return [*carry, *ys], aux
 
     def _cond(
-        self, inner: compat.Cond, operands: Values, key: Key
+        self, inner: compat.Cond, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         def branch(i: int) -> Callable[..., tuple[Values, Aux]]:
             def run(*operands: Any) -> tuple[Values, Aux]:
-                results, aux = self.body(inner.branches[i], operands, (*key, i))
+                branch, place = inner.branches[i], (*key, i)
+                results, aux = self.body(branch, operands, place, values)
                 everything = self._initial(key)
                 everything.update(aux)
                 return [to_array(value) for value in results], everything
@@ -220,7 +271,7 @@ class _Interpreter:
         return lax.switch(index, branches, *rest)
 
     def _while(
-        self, inner: compat.While, operands: Values, key: Key
+        self, inner: compat.While, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         num_condition = inner.num_condition_consts
         first = num_condition + inner.num_body_consts
@@ -229,13 +280,14 @@ class _Interpreter:
 
         def goes_on(state: tuple[Values, Aux]) -> jax.Array:
             results, _ = self.body(
-                inner.condition, [*stops, *state[0]], (*key, "condition")
+                inner.condition, [*stops, *state[0]], (*key, "condition"), {}
             )
             return results[0]
 
         def step(state: tuple[Values, Aux]) -> tuple[Values, Aux]:
             carry, before = state
-            results, now = self.body(inner.body, [*consts, *carry], (*key, "body"))
+            place = (*key, "body")
+            results, now = self.body(inner.body, [*consts, *carry], place, values)
             merged = {
                 name: self._merge(before[name], aux, name, key)
                 for name, aux in now.items()
@@ -245,24 +297,25 @@ class _Interpreter:
         return lax.while_loop(goes_on, step, (carry, self._initial(key)))
 
     def _shard_map(
-        self, inner: compat.ShardMap, operands: Values, key: Key
+        self, inner: compat.ShardMap, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         names = tuple(n for n in inner.mesh.axis_names if n in inner.axis_names)
         stacked = PartitionSpec(names)  # type: ignore[no-untyped-call]
 
-        def run(*operands: Any) -> tuple[Values, Aux]:
-            results, aux = self.body(inner.body, operands, key)
+        def run(values: Aux, *operands: Any) -> tuple[Values, Aux]:
+            values = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), values)
+            results, aux = self.body(inner.body, operands, key, values)
             aux = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), aux)
             return [to_array(value) for value in results], aux
 
         return jax.shard_map(
             run,
             mesh=inner.mesh,
-            in_specs=tuple(inner.in_specs),
+            in_specs=(stacked, *inner.in_specs),
             out_specs=(list(inner.out_specs), stacked),
             axis_names=set(inner.axis_names),
             check_vma=inner.check_vma,
-        )(*map(to_array, operands))
+        )(values, *map(to_array, operands))
 
     def _initial(self, key: Key) -> Aux:
         """The aux values of the sites inside an equation, as if none had run."""

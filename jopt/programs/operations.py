@@ -68,6 +68,8 @@ def _ragged_flops(eqn: Any) -> int:
 
 
 def _gather_roles(eqn: Any, operand: int) -> list[str]:
+    if operand == 1:
+        return ["index"] * len(eqn.invars[1].aval.shape)
     numbers = eqn.params["dimension_numbers"]
     batch = numbers.operand_batching_dims
     return _roles(eqn, operand, {"index": numbers.start_index_map, "batch": batch})

@@ -36,6 +36,7 @@ class Site:
         roles: of the axes of the leaf: "in" is contracted, "out" stays, "batch" is
             shared by both operands, "index" is looked up, "stacked" is sliced away
             layer by layer, "mixed" is several of them.
+        operand_roles: the same of the axes of both operands.
         params: of the primitive in JAX, such as its dimension numbers.
         in_shapes: of the operands, with dtypes.
         out_shape: of the result, with dtype.
@@ -55,6 +56,7 @@ class Site:
     view: View | None
     leaves: frozenset[int]
     roles: dict[int, str]
+    operand_roles: tuple[tuple[str, ...], ...]
     params: dict[str, Any]
     in_shapes: tuple[Any, ...]
     out_shape: Any
@@ -215,9 +217,9 @@ class Walk:
             is_constant = any(flow.kind == "constant" for flow in pair)
             kind = "constant" if is_constant else "activation"
         roles = {}
+        operand_roles = tuple(tuple(operation.roles(eqn, i)) for i in (0, 1))
         if view is not None:
-            axes = operation.roles(eqn, operand)
-            roles = _leaf_roles(view, axes, self._ranks[view.leaf])
+            roles = _leaf_roles(view, operand_roles[operand], self._ranks[view.leaf])
         self.sites.append(
             Site(
                 key=place.key,
@@ -227,6 +229,7 @@ class Walk:
                 view=view,
                 leaves=pair[operand].leaves,
                 roles=roles,
+                operand_roles=operand_roles,
                 params=eqn.params,
                 in_shapes=tuple(compat.aval_of(var.aval) for var in eqn.invars),
                 out_shape=compat.aval_of(eqn.outvars[0].aval),

@@ -8,7 +8,11 @@ batches, and inside a scan every layer has a summary of its own.
     recording.values["block_0/mlp/kernel"]
 
 Sharded batches need nothing more: a summary is a plain reduction, and the compiler adds
-the collectives. A recording is a tree of arrays; give it back as `start` to go on.
+the collectives. A recording is a tree of arrays; give it back as `start` to go on:
+
+    jopt.save("run/recording", {"count": recording.count, "values": recording.values})
+    start = Recording(**jopt.restore("run/recording"))
+    rest = itertools.islice(batches, int(start.count), None)
 """
 
 import dataclasses
@@ -22,9 +26,10 @@ import rich.console
 import rich.progress
 
 from jopt.programs import interpret
+from jopt.programs.counts import sites
 from jopt.programs.handlers import Handler, Use
 from jopt.programs.provenance import Site
-from jopt.programs.sites import SiteTable, sites
+from jopt.programs.sites import SiteTable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ same leaf in program order, whatever framework wrote the program:
     >>> params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones((2, 4))}}
     >>> def apply(params, x):
     ...     return x @ params["dense"]["kernel"] + params["dense"]["bias"]
-    >>> sites(apply, params, jnp.ones((2, 3))).names
+    >>> analyse(apply, params, (jnp.ones((2, 3)),), {}).table.names
     ('dense/kernel',)
 
 What is not covered is listed with the reason, never skipped.
@@ -42,12 +42,15 @@ class SiteTable:
         flops: floating point operations of all sites, multiply and add counted as two,
             scan bodies as often as they run, of branches the dearest, `while` bodies
             once.
+        compressed: name of a site that consumes a compressed leaf to whether it reaches
+            the site in its few bytes; where not, it is decompressed before.
     """
 
     sites: tuple[Site, ...]
     leaves: Mapping[str, jax.ShapeDtypeStruct]
     other_uses: Mapping[str, tuple[str, ...]]
     flops: int
+    compressed: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,7 +108,8 @@ class SiteTable:
         for column, total in footer.items():
             table.add_column(column, total, justify="right", no_wrap=True)
         for site in self.sites:
-            table.add_row(*map(rich.text.Text, _row(site)))
+            row = _row(site, self.compressed.get(site.name))
+            table.add_row(*map(rich.text.Text, row))
         lines = [report.draw(table)]
         if self.uncovered:
             lines.append(" not covered:")
@@ -113,33 +117,6 @@ class SiteTable:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def sites(
-    apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any
-) -> SiteTable:
-    """Find every operation that consumes a parameter.
-
-    Args:
-        apply: a pure function `apply(params, *inputs, **kwargs)`.
-        params: any pytree of arrays or of their shapes.
-        *inputs: arrays or their shapes; nothing is computed with them.
-        **kwargs: the same by name.
-
-    Returns:
-        The table of sites; `print` it. Names, activations, uncovered leaves, FLOPs and
-        bytes are its attributes.
-
-    Raises:
-        ValueError: `params` has no leaf, or `apply` is not pure.
-
-    >>> import jax.numpy as jnp
-    >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 4))}
-    >>> table = sites(lambda p, x: x @ p["a"] + p["b"], params, jnp.ones((2, 3)))
-    >>> table["a"].roles, table.flops, table.uncovered
-    ({0: 'in', 1: 'out'}, 48, {'b': 'used by add'})
-    """
-    return analyse(apply, params, inputs, kwargs).table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,11 +211,12 @@ def _named(sites: list[Site], names: list[str]) -> tuple[Site, ...]:
     return tuple(named)
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _row(site: Site, is_compressed: bool | None) -> tuple[str, ...]:
     mark = "" if site.reachable else " (not entered)"
+    storage = {None: "", True: ", compressed", False: ", decompressed before"}
     return (
         site.name + mark,
-        f"{site.primitive} ({site.kind})",
+        f"{site.primitive} ({site.kind}{storage[is_compressed]})",
         " ".join(map(_shape, site.in_shapes)),
         _shape(site.out_shape),
         " ".join(f"{axis}:{role}" for axis, role in site.roles.items()),

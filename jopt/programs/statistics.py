@@ -60,10 +60,11 @@ def moving_average(decay: float = 0.9) -> Statistic:
 
     def update(before: Any, now: Any) -> Any:
         # A site in a branch may not have run before, or not in this batch.
+        is_first, is_absent = (r["low"] > r["high"] for r in (before, now))
+
         def average(before: jax.Array, now: jax.Array) -> jax.Array:
             mixed = decay * before + (1 - decay) * now
-            mixed = jnp.where(jnp.isinf(before), now, mixed)
-            return jnp.where(jnp.isinf(now), before, mixed)
+            return jnp.where(is_absent, before, jnp.where(is_first, now, mixed))
 
         return jax.tree.map(average, before, now)
 

@@ -3,18 +3,23 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jopt.arrays.quantized import quantize_array
+from jopt.arrays.ranges import Range, scale_of
 from jopt.arrays.specs import QuantSpec
-from jopt.quantization.specs import SpecOrRules, resolve_specs
+from jopt.programs.sites import SiteTable
+from jopt.quantization.specs import SpecOrRules, known_specs, resolve_specs
 from jopt.trees import paths, rules
+from jopt.trees.calibration import Calibration
 from jopt.updates.states import is_masked_node
 
 
 def quantize(
     tree: Any,
-    spec_or_rules: SpecOrRules,
+    spec_or_rules: SpecOrRules | Calibration,
     *,
+    sites: SiteTable | None = None,
     scales: Any = None,
     select: rules.Select = None,
     stacked_axes: rules.StackedAxes = None,
@@ -26,7 +31,12 @@ def quantize(
     Args:
         tree: a float array, which is always quantized, or any tree.
         spec_or_rules: a `jopt.QuantSpec`, or for a tree ordered rules
-            `{pattern: spec or None}`.
+            `{pattern: spec or None}`, or a `jopt.Calibration`, which carries its specs
+            and, where they were learned, the ranges of weights.
+        sites: what `jopt.sites(apply, params, *inputs)` returned: leaves that multiply
+            or are looked up are quantized, and the roles of their axes say where a spec
+            with `axis=None` keeps scales (outputs, layers, rows of a table) and along
+            what groups run (inputs).
         scales: what `jopt.get_scales(state)` returned, to use trained scales; computed
             from the weights when None.
         select: which leaves of a tree are quantized; None for float leaves with at
@@ -55,19 +65,31 @@ def quantize(
                 f"got {spec_or_rules!r}"
             )
         return quantize_array(tree, spec_or_rules, scale=scales)
-    specs = resolve_specs(spec_or_rules, tree, select=select, stacked_axes=stacked_axes)
+    ranges: dict[str, Range] = {}
+    if isinstance(spec_or_rules, Calibration):
+        ranges = spec_or_rules.weights
+        spec_or_rules = known_specs(spec_or_rules, tree)
+        select = select or (lambda path, leaf: _is_dense_float(leaf))
+    specs = resolve_specs(
+        spec_or_rules, tree, select=select, stacked_axes=stacked_axes, sites=sites
+    )
     treedef: Any
     grids, treedef = jax.tree.flatten(specs, is_leaf=is_masked_node)
     leaves = treedef.flatten_up_to(tree)
     names = paths.leaf_paths(tree)
     given = [None] * len(leaves) if scales is None else treedef.flatten_up_to(scales)
-    return treedef.unflatten(
-        [
-            leaf
-            if is_masked_node(spec)
-            else quantize_array(
-                leaf, spec, scale=None if is_masked_node(scale) else scale, path=path
-            )
-            for path, leaf, spec, scale in zip(names, leaves, grids, given, strict=True)
-        ]
-    )
+    arrays = []
+    for path, leaf, spec, scale in zip(names, leaves, grids, given, strict=True):
+        if is_masked_node(spec):
+            arrays.append(leaf)
+            continue
+        if path in ranges:
+            scale = scale_of(ranges[path], spec, leaf.ndim)
+        scale = None if is_masked_node(scale) else scale
+        arrays.append(quantize_array(leaf, spec, scale=scale, path=path))
+    return treedef.unflatten(arrays)
+
+
+def _is_dense_float(leaf: Any) -> bool:
+    is_dense = hasattr(leaf, "dtype") and not paths.is_whole_leaf(leaf)
+    return is_dense and bool(jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -1,13 +1,19 @@
 """Which leaf is quantized how: one spec, or ordered rules from path to spec."""
 
 import dataclasses
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from jopt.arrays.specs import QuantSpec, check_spec
+from jopt.programs.sites import SiteTable
+from jopt.quantization.roles import LeafRoles, leaf_roles, leaf_spec, require_table
 from jopt.trees import paths, rules
+from jopt.trees.calibration import Calibration
 
 SpecOrRules = (
     QuantSpec | Mapping[str, QuantSpec | None] | Sequence[tuple[str, QuantSpec | None]]
@@ -20,11 +26,14 @@ def resolve_specs(
     *,
     select: rules.Select = None,
     stacked_axes: rules.StackedAxes = None,
+    sites: SiteTable | None = None,
 ) -> Any:
     """Return a tree of specs, `optax.MaskedNode()` where a leaf is left alone.
 
     A leaf needs both: to be selected, and a spec that is not None. Stacked axes are
-    added to the axes that keep a scale of their own.
+    added to the axes that keep a scale of their own. With `sites`, what multiplies or
+    is looked up is selected by default, and the roles of its axes say which of them
+    keep scales and which are stacked.
 
     Raises:
         ValueError: a rule matches nothing, or a spec does not fit its leaf.
@@ -39,6 +48,12 @@ def resolve_specs(
             "spec_or_rules must be a jopt.QuantSpec or rules {pattern: spec}, got "
             f"{spec_or_rules!r}; for example jopt.QuantSpec(jopt.formats.int8)"
         )
+    roles: dict[str, LeafRoles] = {}
+    if sites is not None:
+        require_table(sites, dict(leaves))
+        roles = leaf_roles(sites)
+        if select is None:
+            select = functools.partial(_multiplies, roles)
     chosen = rules.select_leaves(select, tree, stacked_axes=stacked_axes)
     stacks = rules.stacked_axis_of(stacked_axes, tree)
     found: list[Any] = []
@@ -53,11 +68,46 @@ def resolve_specs(
                 f"spec_or_rules must give a jopt.QuantSpec or None for {path!r}, "
                 f"got {spec!r}"
             )
+        if path in roles:
+            spec = leaf_spec(spec, leaf.ndim, roles[path])
         if stack is not None:
             spec = keep_axis(spec, leaf.ndim, stack)
         check_spec(leaf.shape, spec, path=path)
         found.append(spec)
     return treedef.unflatten(found)
+
+
+def known_specs(calibration: Calibration, params: Any) -> dict[str, QuantSpec | None]:
+    """Turn the specs that a calibration carries into rules for these params.
+
+    Raises:
+        ValueError: a spec is for no leaf of these.
+    """
+    names = set(paths.leaf_paths(params))
+    strangers = [path for path, _ in calibration.weight_specs if path not in names]
+    if strangers:
+        raise ValueError(
+            f"calibration must be of these params, got specs for {strangers}, which "
+            f"are none of {sorted(names)[:5]}; call jopt.calibrate again"
+        )
+    return {re.escape(path): spec for path, spec in calibration.weight_specs}
+
+
+def listed_specs(params: Any, specs: Any) -> tuple[tuple[str, QuantSpec], ...]:
+    """List the paths of the leaves with a spec, and the specs."""
+    found = paths.flatten_with_path(params)[1].flatten_up_to(specs)
+    return tuple(
+        (path, spec)
+        for path, spec in zip(paths.leaf_paths(params), found, strict=True)
+        if isinstance(spec, QuantSpec)
+    )
+
+
+def _multiplies(roles: Mapping[str, LeafRoles], path: str, leaf: Any) -> bool:
+    """Select float leaves that are no compressed arrays already."""
+    if path not in roles or paths.is_whole_leaf(leaf):
+        return False
+    return roles[path].is_matrix and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def keep_axis(spec: QuantSpec, ndim: int, axis: int) -> QuantSpec:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jopt.arrays import formats, quantized
-from jopt.trees import paths
+from jopt.arrays import formats, quantized, ranges
+from jopt.trees import calibration, paths
 
 Node = Any  # JSON: None, bool, int, str or a dict as the module describes
 Kind = Literal["jax", "numpy", "key"]
@@ -33,6 +33,8 @@ TYPES: dict[str, type] = {
         quantized.QuantizedArray,
         quantized.QuantSpec,
         formats.Format,
+        ranges.Range,
+        calibration.Calibration,
         optax.MaskedNode,
     )
 }

@@ -13,9 +13,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.compressed import CompressedArray
+from jopt.programs.counts import sites
 from jopt.programs.handlers import IDENTITY, Handler, to_array
 from jopt.programs.interpret import rewrite
-from jopt.programs.sites import sites
 from tests.programs import zoo
 
 EVERY_SITE = Handler(IDENTITY.call, select=lambda site: True)

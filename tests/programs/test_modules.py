@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+from jopt.programs.counts import sites
 from jopt.programs.handlers import IDENTITY
 from jopt.programs.interpret import rewrite
 from jopt.programs.modules import functional
-from jopt.programs.sites import sites
 
 X = jnp.arange(12.0).reshape(4, 3)
 

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from jopt.programs import views
-from jopt.programs.sites import sites
+from jopt.programs.counts import sites
 from tests.programs import zoo
 
 

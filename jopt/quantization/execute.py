@@ -1,0 +1,125 @@
+"""Real execution of quantized parameters: codes times codes where that is possible.
+
+    execute(apply)(packed, x)                     apply(dequantize(packed), x)
+    execute(apply, activations=spec)(packed, x)   int8 x int8 -> int32 at every site
+
+The results are those of the function that `fake_quantize` returns: with scales that are
+powers of two bit for bit, as long as sums of codes stay below 2^24, where float32 is
+exact, and to the rounding of one float32 product elsewhere.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jopt.arrays.quantized import QuantizedArray, quantize_array
+from jopt.arrays.ranges import scale_of
+from jopt.arrays.scales import compute_range, compute_scale
+from jopt.arrays.specs import QuantSpec
+from jopt.programs import interpret, sites
+from jopt.programs.handlers import Handler, Use
+from jopt.quantization import microscaled, products
+from jopt.quantization.operands import (
+    Activations,
+    is_float,
+    range_at,
+    ranges_of,
+    round_operand,
+    site_specs,
+    static_spec,
+)
+from jopt.quantization.roles import operand_spec
+from jopt.trees.calibration import Calibration
+
+
+def execute(
+    apply: Callable[..., Any], *, activations: Activations = None
+) -> Callable[..., Any]:
+    """Run a function on quantized parameters.
+
+    y = s_x s_w (c_x c_w),   the product of codes in int32
+
+    Args:
+        apply: a pure function `apply(params, *inputs)` of float params.
+        activations: None for weight-only execution; a `jopt.QuantSpec` or rules over
+            site names for ranges from each input; a `jopt.Calibration` for static
+            ranges. As for `jopt.fake_quantize`.
+
+    Returns:
+        `apply'(packed, *inputs)`, whose params may have `QuantizedArray` leaves, as
+        `jopt.quantize(params, spec, sites=...)` makes them. Sites where codes cannot be
+        multiplied (formats with a codebook, zero points in convolutions, scales that
+        vary along what is contracted) round their input and multiply floats.
+
+    Raises:
+        ValueError: (when called) a rule or a calibration fits no site.
+
+    References:
+        Jacob et al., arXiv:1712.05877.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> int8 = jopt.QuantSpec(jopt.formats.int8)
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.array([[127.0], [2.0]])}, jnp.array([[127.0, 1.0]])
+    >>> packed = jopt.quantize(params, int8, sites=jopt.sites(apply, params, x))
+    >>> execute(apply, activations=int8)(packed, x)
+    Array([[16131.]], dtype=float32)
+    """
+
+    @jax.jit
+    def run(params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        analysis = sites.analyse(apply, params, inputs, kwargs)
+        pairs = site_specs(activations, analysis.table)
+        calibration = activations if isinstance(activations, Calibration) else None
+        values = ranges_of(calibration, pairs)
+        handler = Handler(
+            lambda use: _compute(use, pairs[use.site.name]),
+            select=lambda site: site.name in pairs,
+        )
+        return interpret.evaluate(analysis, handler, params, inputs, kwargs, values)
+
+    def executed(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return run(params, inputs, kwargs)
+
+    return functools.wraps(apply)(executed) if hasattr(apply, "__name__") else executed
+
+
+def _compute(use: Use, specs: tuple[QuantSpec | None, QuantSpec | None]) -> jax.Array:
+    """Multiply codes if both operands have some, else rounded floats."""
+    both = [_factor(use, i, spec) for i, spec in enumerate(specs)]
+    result = None
+    if all(isinstance(f, products.Factor) for f in both):
+        result = products.multiply(use.site, both)
+    elif all(isinstance(f, QuantizedArray) for f in both):
+        result = microscaled.microscaled_dot(use.site, tuple(both))
+    if result is not None:
+        return result
+    operands = list(use.operands)
+    for i, spec in enumerate(specs):
+        if spec is not None and is_float(operands[i]):
+            operands[i] = round_operand(use, i, spec)
+    return use.default(*operands)
+
+
+def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
+    """Take an operand as codes: a stored one as it is, a float one rounded."""
+    x = use.operands[i]
+    if isinstance(x, QuantizedArray):
+        return x if x.spec.format.group_size else products.factor_of(x)
+    if spec is None or not is_float(x):
+        return None
+    ends = range_at(use, i)
+    if ends is not None:
+        spec = static_spec(spec)
+        if not products.is_multiplied(spec):
+            return None
+        return products.factor(x, scale_of(ends, spec, x.ndim), spec)
+    spec = operand_spec(spec, use.site.operand_roles[i])
+    if spec.format.group_size:
+        return quantize_array(x, spec, path=f"input of {use.site.name}")
+    if not products.is_multiplied(spec):
+        return None
+    scale = compute_scale(*compute_range(x, spec), spec)
+    return products.factor(x, scale, spec)

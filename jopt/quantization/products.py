@@ -1,0 +1,268 @@
+"""Products of codes: what an operation on quantized operands is in integers.
+
+    (s_x c_x) (s_w c_w) = s_x s_w (c_x c_w),   c_x c_w in int32
+
+as long as no scale varies along what is contracted, where groups are split off:
+
+    sum over groups g of s_x[g] s_w[g] (c_x[g] c_w[g])
+
+and zero points are subtracted from the sums: with K terms
+
+    (c_x - z_x) (c_w - z_w) = c_x c_w - z_w sum c_x - z_x sum c_w + K z_x z_w.
+
+Eight-bit floats multiply as they are, into float32; microscaling formats through
+`jax.nn.scaled_matmul` where the backend has it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jopt.arrays.axes import split_axis
+from jopt.arrays.codes import compute_codes
+from jopt.arrays.integer import integer_conv, integer_dot
+from jopt.arrays.packing import unpack_codes
+from jopt.arrays.quantized import QuantizedArray
+from jopt.arrays.scales import Scale, effective_scale
+from jopt.arrays.specs import QuantSpec
+from jopt.programs.provenance import Site
+
+
+class Factor(NamedTuple):
+    """An operand as codes and what they are worth.
+
+    Attributes:
+        codes: int8, or eight-bit floats, of the operand's shape.
+        scale: float32 of the operand's rank; sizes are 1, the operand's or groups.
+        zero_point: int32 like it, or None.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+
+
+def is_multiplied(spec: QuantSpec) -> bool:
+    """Tell whether codes of a format can be multiplied as they are.
+
+    Args:
+        spec: of an operand.
+
+    Returns:
+        True for integers and floats of at most eight bits.
+    """
+    is_float8 = spec.format.kind == "float" and spec.format.bits == 8
+    return spec.format.kind == "integer" or (
+        is_float8 and spec.format.group_size is None
+    )
+
+
+def factor_of(w: QuantizedArray) -> Factor | None:
+    """Take a stored array apart.
+
+    Args:
+        w: the array.
+
+    Returns:
+        Its codes and scales; None if they cannot be multiplied as they are.
+    """
+    plain = (w.outer_scale, w.permutation, w.input_scale) == (None, None, None)
+    if not plain or not is_multiplied(w.spec):
+        return None
+    codes = w.codes
+    if w.packed_axis is not None and w.packed_size is not None:
+        codes = unpack_codes(
+            codes,
+            w.spec.format.bits,
+            w.packed_size,
+            axis=w.packed_axis,
+            signed=w.spec.format.code_dtype == jnp.int8,
+        )
+    if w.order == "nk":
+        codes = jnp.swapaxes(codes, -1, -2)
+    return _factor(codes, Scale(w.scale, w.zero_point))
+
+
+def factor(x: jax.Array, scale: Scale, spec: QuantSpec) -> Factor:
+    """Round an array to codes.
+
+    Args:
+        x: float array.
+        scale: its scales.
+        spec: of it; `is_multiplied` must hold.
+
+    Returns:
+        The codes and scales.
+    """
+    return _factor(compute_codes(x, scale, spec), scale)
+
+
+def _factor(codes: jax.Array, scale: Scale) -> Factor:
+    zero_point = scale.zero_point
+    if zero_point is not None:
+        zero_point = zero_point.astype(jnp.int32)
+    if codes.dtype == jnp.uint8:  # fast products are those of signed bytes
+        codes = (codes ^ 0x80).astype(jnp.int8)
+        # A spec of unsigned codes is never symmetric, so there is a zero point.
+        zero_point = None if zero_point is None else zero_point - 128
+    return Factor(codes, effective_scale(scale), zero_point)
+
+
+def multiply(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
+    """Compute the operation of a site on codes.
+
+    Args:
+        site: a `dot_general` or a convolution.
+        pair: both operands.
+
+    Returns:
+        The float32 result; None where scales or zero points do not allow it.
+    """
+    if len({factor.codes.dtype == jnp.int8 for factor in pair}) > 1:
+        return None
+    if site.primitive == "dot_general":
+        return _dot(site.params["dimension_numbers"], pair)
+    if site.primitive == "conv_general_dilated":
+        return _conv(site, pair)
+    return None
+
+
+def _dot(dimension_numbers: Any, pair: Sequence[Factor]) -> jax.Array | None:
+    contracted, batch = dimension_numbers
+    groups = {
+        f.scale.shape[axis]
+        for f, axes in zip(pair, contracted, strict=True)
+        for axis in axes
+        if f.scale.shape[axis] > 1
+    }
+    if not groups:
+        return _product(contracted, batch, pair)
+    sizes = [
+        f.codes.shape[a] for f, axes in zip(pair, contracted, strict=True) for a in axes
+    ]
+    has_zero = any(f.zero_point is not None for f in pair)
+    if len(groups) > 1 or len(sizes) > 2 or has_zero or groups == set(sizes):
+        return None
+    (count,) = groups
+    split = [
+        _split(f, axes[0], count) for f, axes in zip(pair, contracted, strict=True)
+    ]
+    moved = [
+        tuple(a + (a > axes[0]) for a in lead) + (axes[0],)
+        for lead, axes in zip(batch, contracted, strict=True)
+    ]
+    inner = [(axes[0] + 1,) for axes in contracted]
+    parts = _product(inner, moved, split)
+    return jnp.sum(parts, axis=len(batch[0]))
+
+
+def _split(f: Factor, axis: int, count: int) -> Factor:
+    """Cut the contracted axis of codes into groups, each with one scale."""
+    codes = split_axis(f.codes, axis, f.codes.shape[axis] // count)
+    return Factor(codes, jnp.expand_dims(f.scale, axis + 1))
+
+
+def _product(contracted: Any, batch: Any, pair: Sequence[Factor]) -> jax.Array:
+    numbers: Any = (tuple(map(tuple, contracted)), tuple(map(tuple, batch)))
+    x, w = pair
+    layouts = [_Layout(numbers, side, [f.codes.ndim for f in pair]) for side in (0, 1)]
+    if x.codes.dtype != jnp.int8:
+        total = lax.dot_general(
+            x.codes, w.codes, numbers, preferred_element_type=jnp.float32
+        )
+    else:
+        sums = integer_dot(x.codes, w.codes, numbers)
+        sums = _subtract_zero_points(sums, pair, contracted, layouts)
+        total = sums.astype(jnp.float32)
+    for f, layout in zip(pair, layouts, strict=True):
+        total = total * layout(f.scale)
+    return total
+
+
+def _subtract_zero_points(
+    sums: jax.Array, pair: Sequence[Factor], contracted: Any, layouts: Any
+) -> jax.Array:
+    zeros = [
+        None if f.zero_point is None else layout(jnp.asarray(f.zero_point))
+        for f, layout in zip(pair, layouts, strict=True)
+    ]
+    for i, zero in enumerate(zeros):
+        if zero is None:
+            continue
+        codes, axes = pair[1 - i].codes, tuple(contracted[1 - i])
+        others = jnp.sum(codes, axis=axes, keepdims=True, dtype=jnp.int32)
+        sums = sums - zero * layouts[1 - i](others)
+    if zeros[0] is not None and zeros[1] is not None:
+        count = math.prod(pair[0].codes.shape[axis] for axis in contracted[0])
+        sums = sums + count * zeros[0] * zeros[1]
+    return sums
+
+
+class _Layout:
+    """Where the axes of one operand of a `dot_general` lie in its result."""
+
+    def __init__(self, numbers: Any, side: int, ranks: Sequence[int]) -> None:
+        contracted, batch = numbers
+        free = [
+            [a for a in range(rank) if a not in (*contracted[i], *batch[i])]
+            for i, rank in enumerate(ranks)
+        ]
+        self._contracted = tuple(contracted[side])
+        self._order = (*batch[side], *free[side])
+        self._lead, self._side = len(batch[side]), side
+        self._others = len(free[1 - side])
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        """Lay out values of the operand's rank, of size one where contracted."""
+        if values.ndim == 0:
+            return values
+        values = jnp.transpose(values, (*self._contracted, *self._order))
+        values = values.reshape(values.shape[len(self._contracted) :])
+        own = values.ndim - self._lead
+        shape = (
+            (*values.shape, *[1] * self._others)
+            if self._side == 0
+            else (*values.shape[: self._lead], *[1] * self._others)
+            + values.shape[values.ndim - own :]
+        )
+        return values.reshape(shape)
+
+
+def _conv(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
+    numbers = site.params["dimension_numbers"]
+    x, w = pair
+    kept = {numbers.lhs_spec[0]}, {numbers.rhs_spec[0]}
+    for f, axes in zip(pair, kept, strict=True):
+        if f.zero_point is not None or f.codes.dtype != jnp.int8:
+            return None
+        if any(n > 1 and a not in axes for a, n in enumerate(f.scale.shape)):
+            return None
+    if site.params["batch_group_count"] > 1:
+        return None
+    sums = integer_conv(x.codes, w.codes, **_conv_params(site.params))
+    places = numbers.out_spec[0], numbers.out_spec[1]
+    total = sums.astype(jnp.float32)
+    for f, place in zip(pair, places, strict=True):
+        shape = [1] * total.ndim
+        shape[place] = f.scale.size
+        total = total * f.scale.reshape(shape)
+    return total
+
+
+_CONV_PARAMS = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+)
+
+
+def _conv_params(params: Any) -> dict[str, Any]:
+    return {name: params[name] for name in _CONV_PARAMS}
