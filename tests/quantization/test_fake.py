@@ -127,7 +127,7 @@ def test_gradients_pass_straight_through(name):
         jax.jit(jax.grad(lambda p, f=f: loss(f, p)))(model.params)
         for f in (model.apply, qat)
     ]
-    # Gradients that are zero but for rounding (biases of keys) are measured by the rest.
+    # What is zero but for rounding (biases of keys) is held to all the others.
     total = float(optax.tree.norm(grads[0]))
     for want, got in zip(*map(jax.tree.leaves, grads), strict=True):
         error = float(jnp.linalg.norm(want - got))
