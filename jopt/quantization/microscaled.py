@@ -70,7 +70,7 @@ def microscaled_dot(
 def _matrix(q: QuantizedArray, column: int, batch: Any) -> _Matrix | None:
     size = q.spec.format.group_size
     groups = q.scale.shape[column] * (size or 0)
-    if groups != q.shape[column] or q.order != "kn" or q.permutation is not None:
+    if groups != q.shape[column] or q.permutation is not None:
         return None
     outer = q.outer_scale
     if outer is not None and outer.size > 1:  # one per layer: a batch of matrices
@@ -80,6 +80,8 @@ def _matrix(q: QuantizedArray, column: int, batch: Any) -> _Matrix | None:
         codes = unpack_codes(
             codes, q.spec.format.bits, q.packed_size, axis=q.packed_axis, signed=False
         )
+    if q.order == "nk":
+        codes = jnp.swapaxes(codes, -1, -2)
     dtype = _ELEMENTS[q.spec.format.name]
     if codes.dtype != dtype:
         codes = decode_levels(codes, q.spec.format).astype(dtype)

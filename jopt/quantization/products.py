@@ -39,11 +39,24 @@ class Factor(NamedTuple):
         codes: int8, or eight-bit floats, of the operand's shape.
         scale: float32 of the operand's rank; sizes are 1, the operand's or groups.
         zero_point: int32 like it, or None.
+        is_swapped: whether all three have their last two axes swapped: moving codes
+            would cost more than multiplying them.
     """
 
     codes: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None = None
+    is_swapped: bool = False
+
+    def swapped(self) -> "Factor":
+        """Swap the last two axes in fact."""
+        zero_point = self.zero_point
+        return Factor(
+            jnp.swapaxes(self.codes, -1, -2),
+            jnp.swapaxes(self.scale, -1, -2),
+            None if zero_point is None else jnp.swapaxes(zero_point, -1, -2),
+            not self.is_swapped,
+        )
 
 
 def is_multiplied(spec: QuantSpec) -> bool:
@@ -82,9 +95,13 @@ def factor_of(w: QuantizedArray) -> Factor | None:
             axis=w.packed_axis,
             signed=w.spec.format.code_dtype == jnp.int8,
         )
-    if w.order == "nk":
-        codes = jnp.swapaxes(codes, -1, -2)
-    return _factor(codes, Scale(w.scale, w.zero_point))
+    if w.order == "kn":
+        return _factor(codes, Scale(w.scale, w.zero_point))
+    zero_point = w.zero_point
+    if zero_point is not None:
+        zero_point = jnp.swapaxes(zero_point, -1, -2)
+    stored = _factor(codes, Scale(jnp.swapaxes(w.scale, -1, -2), zero_point))
+    return stored._replace(is_swapped=True)
 
 
 def factor(x: jax.Array, scale: Scale, spec: QuantSpec) -> Factor:
@@ -133,6 +150,10 @@ def multiply(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
 
 def _dot(dimension_numbers: Any, pair: Sequence[Factor]) -> jax.Array | None:
     contracted, batch = dimension_numbers
+    sides = [
+        _as_stored(f, c, b) for f, c, b in zip(pair, contracted, batch, strict=True)
+    ]
+    pair, contracted, batch = zip(*sides, strict=True)
     groups = {
         f.scale.shape[axis]
         for f, axes in zip(pair, contracted, strict=True)
@@ -158,6 +179,20 @@ def _dot(dimension_numbers: Any, pair: Sequence[Factor]) -> jax.Array | None:
     inner = [(axes[0] + 1,) for axes in contracted]
     parts = _product(inner, moved, split)
     return jnp.sum(parts, axis=len(batch[0]))
+
+
+def _as_stored(f: Factor, contracted: Any, batch: Any) -> tuple[Factor, Any, Any]:
+    """Name the axes of swapped codes as they lie in memory."""
+    if not f.is_swapped:
+        return f, contracted, batch
+    last, before = f.codes.ndim - 1, f.codes.ndim - 2
+    if not {last, before} & {*contracted, *batch}:  # results would be swapped too
+        return f.swapped(), contracted, batch
+    name = {last: before, before: last}
+    contracted, batch = (
+        tuple(name.get(a, a) for a in axes) for axes in (contracted, batch)
+    )
+    return f._replace(is_swapped=False), contracted, batch
 
 
 def _split(f: Factor, axis: int, count: int) -> Factor:
@@ -234,7 +269,7 @@ class _Layout:
 
 def _conv(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
     numbers = site.params["dimension_numbers"]
-    x, w = pair
+    x, w = pair = [f.swapped() if f.is_swapped else f for f in pair]
     kept = {numbers.lhs_spec[0]}, {numbers.rhs_spec[0]}
     for f, axes in zip(pair, kept, strict=True):
         if f.zero_point is not None or f.codes.dtype != jnp.int8:

@@ -123,11 +123,13 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec, activations", SPECS, ids=repr)
-@pytest.mark.parametrize("rows", [1, 6])
-def test_every_format_multiplies_to_what_was_trained(spec, activations, rows):
+@pytest.mark.parametrize("rows, order", [(1, "kn"), (6, "kn"), (6, "nk")])
+def test_every_format_multiplies_to_what_was_trained(spec, activations, rows, order):
     """To the rounding of one float32 product of 64 terms."""
     params, x = {"w": normal(64, 5)}, normal(rows, 64)
-    packed = jopt.quantize(params, spec, sites=jopt.sites(dot, params, x))
+    table = jopt.sites(dot, params, x)
+    packed = jopt.quantize(params, spec, sites=table, order=order)
+    assert packed["w"].order == order
     want = jopt.fake_quantize(dot, spec, activations=activations)(params, x)
     got = jopt.execute(dot, activations=activations)(packed, x)
     scale = jnp.abs(x) @ jnp.abs(params["w"])
@@ -174,7 +176,8 @@ def test_products_of_any_dimension_numbers(data):
     params = {"w": w}
     table = jopt.sites(apply, params, x)
     calibration = jopt.calibrate(apply, params, [x])
-    packed = jopt.quantize(params, INT8, sites=table)
+    order = data.draw(st.sampled_from(["kn", "nk"]))
+    packed = jopt.quantize(params, INT8, sites=table, order=order)
     for activations in (INT8, calibration):
         want = jopt.fake_quantize(apply, INT8, activations=activations)(params, x)
         got = jopt.execute(apply, activations=activations)(packed, x)
