@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 
 class CompressedArray(abc.ABC):
@@ -46,7 +47,7 @@ class CompressedArray(abc.ABC):
 
     def after(
         self, primitive: str, params: Mapping[str, Any], operands: Sequence[Any]
-    ) -> "CompressedArray | None":
+    ) -> "CompressedArray | tuple[CompressedArray, ...] | None":
         """Take a view without decompressing.
 
         Args:
@@ -56,6 +57,22 @@ class CompressedArray(abc.ABC):
 
         Returns:
             The view, compressed, such that its `to_array` has the very numbers of the
-            operation on `to_array()`; None if that is not possible.
+            operation on `to_array()`, or a tuple of all results of the operation; None
+            if that is not possible.
+        """
+        return None
+
+    def partition_specs(
+        self, spec: PartitionSpec, sizes: Mapping[str, int]
+    ) -> "CompressedArray | None":
+        """Say how the children lie on the devices of a `shard_map`.
+
+        Args:
+            spec: how the array that it stands for is split.
+            sizes: of the mesh axes.
+
+        Returns:
+            This array with a partition spec for each child, such that the children on
+            a device stand for its shard; None if that is not possible.
         """
         return None

@@ -11,13 +11,16 @@ arXiv:1308.3432). All arithmetic is float32, whatever the array's dtype.
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from jopt.arrays import quantized_shards, quantized_views
 from jopt.arrays.codes import (
     check_array,
     check_scale,
@@ -136,6 +139,18 @@ class QuantizedArray(CompressedArray):
     def to_array(self) -> jax.Array:
         """Compute the floats that the codes stand for, as `dequantize` does."""
         return _dequantize(self)
+
+    def after(
+        self, primitive: str, params: Mapping[str, Any], operands: Sequence[Any]
+    ) -> Any:
+        """Take a view without decoding, see `jopt.arrays.quantized_views`."""
+        return quantized_views.view(self, primitive, params, operands)
+
+    def partition_specs(
+        self, spec: PartitionSpec, sizes: Mapping[str, int]
+    ) -> "QuantizedArray | None":
+        """Say how the parts lie on the devices of a `shard_map`."""
+        return quantized_shards.partition_specs(self, spec, sizes)
 
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jopt.arrays.compressed import CompressedArray
 from jopt.programs import compat, sites
 from jopt.programs.flows import Key
 from jopt.programs.handlers import Handler, Use, is_compressed, to_array
@@ -175,7 +176,7 @@ class _Interpreter:
         if any(map(is_compressed, operands)):
             view = _view(eqn, operands)
             if view is not None:
-                return [view], {}
+                return list(view) if isinstance(view, tuple) else [view], {}
             operands = [to_array(value) for value in operands]
         return compat.bind(eqn, operands), {}
 
@@ -300,6 +301,14 @@ class _Interpreter:
         self, inner: compat.ShardMap, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         names = tuple(n for n in inner.mesh.axis_names if n in inner.axis_names)
+        sizes = compat.axis_sizes(inner.mesh)
+        in_specs = list(inner.in_specs)
+        for i, value in enumerate(operands):
+            if not isinstance(value, CompressedArray):
+                continue
+            specs = value.partition_specs(in_specs[i], sizes)
+            operands[i] = value.to_array() if specs is None else value
+            in_specs[i] = in_specs[i] if specs is None else specs
         stacked = PartitionSpec(names)  # type: ignore[no-untyped-call]
 
         def run(values: Aux, *operands: Any) -> tuple[Values, Aux]:
@@ -311,11 +320,11 @@ class _Interpreter:
         return jax.shard_map(
             run,
             mesh=inner.mesh,
-            in_specs=(stacked, *inner.in_specs),
+            in_specs=(stacked, *in_specs),
             out_specs=(list(inner.out_specs), stacked),
             axis_names=set(inner.axis_names),
             check_vma=inner.check_vma,
-        )(values, *map(to_array, operands))
+        )(values, *operands)
 
     def _initial(self, key: Key) -> Aux:
         """The aux values of the sites inside an equation, as if none had run."""

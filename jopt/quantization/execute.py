@@ -74,9 +74,11 @@ def execute(
         pairs = site_specs(activations, analysis.table)
         calibration = activations if isinstance(activations, Calibration) else None
         values = ranges_of(calibration, pairs)
+        # Stored weights are followed to their sites in any case: a layer is decoded
+        # where it is used, and gathered over devices in its few bits.
         handler = Handler(
-            lambda use: _compute(use, pairs[use.site.name]),
-            select=lambda site: site.name in pairs,
+            lambda use: _compute(use, pairs.get(use.site.name)),
+            select=lambda site: site.is_weight or site.name in pairs,
         )
         return interpret.evaluate(analysis, handler, params, inputs, kwargs, values)
 
@@ -86,8 +88,12 @@ def execute(
     return functools.wraps(apply)(executed) if hasattr(apply, "__name__") else executed
 
 
-def _compute(use: Use, specs: tuple[QuantSpec | None, QuantSpec | None]) -> jax.Array:
+def _compute(
+    use: Use, specs: tuple[QuantSpec | None, QuantSpec | None] | None
+) -> jax.Array:
     """Multiply codes if both operands have some, else rounded floats."""
+    if specs is None:
+        return use.run()
     both = [_factor(use, i, spec) for i, spec in enumerate(specs)]
     result = None
     if all(isinstance(f, products.Factor) for f in both):
