@@ -96,8 +96,9 @@ def fake_quantize(
     >>> apply = lambda params, x: x @ params["w"]
     >>> qat = fake_quantize(apply, int8, activations=int8)
     >>> params = {"w": jnp.array([[1.0], [0.3]])}
-    >>> jax.grad(lambda p: qat(p, jnp.ones((1, 2))).sum())(params)["w"].ravel()
-    Array([1., 1.], dtype=float32)
+    >>> x = jnp.full((1, 2), 127.0)
+    >>> jax.grad(lambda p: qat(p, x).sum())(params)["w"].ravel()
+    Array([127., 127.], dtype=float32)
     """
     options = [activations, calibration, begin_step]
     is_function = callable(target) and not hasattr(target, "dtype")
