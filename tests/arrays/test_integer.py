@@ -71,6 +71,28 @@ def test_convolutions(data):
     np.testing.assert_array_equal(integer_conv(x, w, **params), want)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_images_that_are_cut(dilation):
+    """Where float32 convolutions of some JAX versions are wrong."""
+    x, w = codes(1, 4, 4), codes(1, 4, 2)
+    numbers = lax.conv_dimension_numbers(x.shape, w.shape, ("NCH", "OIH", "NCH"))
+    got = integer_conv(
+        x,
+        w,
+        window_strides=(1,),
+        padding=((-1, 1),),
+        lhs_dilation=(dilation,),
+        rhs_dilation=(1,),
+        dimension_numbers=numbers,
+    )
+    wide = np.zeros((4, 3 * dilation + 1), int)
+    wide[:, ::dilation] = x[0]
+    wide = np.pad(wide[:, 1:], ((0, 0), (0, 1)))
+    places = range(wide.shape[1] - 1)
+    want = [(wide[:, i : i + 2] * np.asarray(w[0], int)).sum() for i in places]
+    np.testing.assert_array_equal(got[0, 0], want)
+
+
 def test_windows_too_wide_for_float32_stay_exact():
     numbers = lax.conv_dimension_numbers(
         (1, 4, 4, 160), (3, 3, 80, 2), ("NHWC", "HWIO", "NHWC")
@@ -102,10 +124,24 @@ def test_under_transformations(rows):
     np.testing.assert_array_equal(scanned, want)
 
 
-@pytest.mark.parametrize("rows, computed", [(1, "4x1x64"), (2, "2x64")])
-def test_one_row_is_padded_and_more_are_not(rows, computed):
-    w, numbers = codes(64, 64), (((1,), (0,)), ((), ()))
-    lowered = jax.jit(lambda x: integer_dot(x, w, numbers)).lower(codes(rows, 64))
+@pytest.mark.parametrize(
+    "rows, terms, axis, computed",
+    [
+        (1, 64, 0, "2x1x32"),
+        (1, 1024, 1, "2x1x32"),
+        (1, 1024, 0, "16x2x1x32"),  # sixteen sums of 64 terms
+        (1, 384, 0, "4x2x1x32"),
+        (1, 1022, 0, "2x2x1x32"),
+        (1, 1023, 0, "2x1x32"),
+        (2, 1024, 0, "2x32"),
+    ],
+)
+def test_one_row_becomes_more_and_more_stay(rows, terms, axis, computed):
+    x, w = codes(rows, terms), codes(*(terms, 32)[:: 1 - 2 * axis])
+    run = jax.jit(lambda x, w: integer_dot(x, w, (((1,), (axis,)), ((), ()))))
+    lowered = run.lower(x, w)
     lines = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
     assert len(lines) == 1
     assert lines[0].endswith(f"-> tensor<{computed}xi32>")
+    want = np.asarray(x, np.int32) @ np.moveaxis(np.asarray(w, np.int32), axis, 0)
+    np.testing.assert_array_equal(lowered.compile()(x, w), want)
