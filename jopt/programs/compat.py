@@ -5,9 +5,11 @@ that holds other bodies (a scan, a branch, a jitted call) into a record of its o
 `bind` runs an equation as it stands.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -308,6 +310,21 @@ def name_stack(eqn: Any) -> str:
         Their names joined by '/', `''` where the framework sets none.
     """
     return str(eqn.source_info.name_stack)
+
+
+def scopes(body: Body) -> Iterator[tuple[Any, Iterator[tuple[int, Any]]]]:
+    """Group equations by the scope that they were traced in, so that profiles show it.
+
+    Args:
+        body: of a traced function.
+
+    Returns:
+        Pairs of a context that enters the scope, and of the equations with positions.
+    """
+    eqns = enumerate(body.eqns)
+    for stack, group in itertools.groupby(eqns, lambda e: e[1].source_info.name_stack):
+        name = str(stack)
+        yield jax.named_scope(name) if name else contextlib.nullcontext(), group
 
 
 def axis_sizes(mesh: Any) -> dict[Any, int]:

@@ -18,7 +18,7 @@ import jax
 from jopt.arrays.compressed import CompressedArray
 from jopt.programs import interpret
 from jopt.programs.handlers import Handler, Use, is_compressed
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.programs.sites import Analysis, SiteTable, analyse
 from jopt.trees import paths
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jopt.arrays.compressed import CompressedArray
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,8 +1,18 @@
-"""The operations that multiply or look up: what their axes do, and what they cost."""
+"""The operations that multiply or look up: what their axes do, and what they cost.
 
+A `Site` is one of them in a program, beside the parameter that it consumes.
+"""
+
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import jax
+
+from jopt.programs import compat, views
+from jopt.programs.flows import Key, Kind
+from jopt.programs.views import View
 
 
 class Operation(NamedTuple):
@@ -103,3 +113,124 @@ TABLE: dict[str, Operation] = {
     "ragged_dot": Operation(_ragged_roles, _ragged_flops, _all_bytes),
     "gather": Operation(_gather_roles, lambda eqn: 0, _gather_bytes),
 }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One operation that multiplies or looks up.
+
+    Attributes:
+        name: the path of the leaf, with '#k' for its later uses; of sites without one
+            leaf, the kind and an ordinal.
+        key: the way to the equation through the bodies of the program.
+        kind: "weight" and "gather" consume a view of one leaf, "derived" a value
+            computed from leaves, "activation" two values that depend on the inputs;
+            "constant" has an operand that depends on neither.
+        eqn: the equation of the traced program.
+        operand: which operand the leaf is, 0 or 1.
+        view: how the operand looks at the leaf; None if it is not one leaf.
+        rank: the number of axes of the leaf.
+        leaves: positions of the leaves, in the order of `jax.tree.leaves`.
+        loops: the key and the length of every scan around it.
+        guards: the branches and `while` loops around it.
+        runs: how often it runs, on all devices.
+        why_not: why a handler never sees it, or None.
+        leaf_paths: the paths of the leaves.
+    """
+
+    key: Key
+    kind: Kind
+    eqn: Any = dataclasses.field(repr=False)
+    operand: int
+    view: View | None
+    rank: int
+    leaves: frozenset[int]
+    loops: tuple[tuple[Key, int], ...]
+    guards: tuple[str, ...]
+    runs: int
+    why_not: str | None
+    name: str = ""
+    leaf_paths: tuple[str, ...] = ()
+
+    @property
+    def primitive(self) -> str:
+        """Its name in JAX."""
+        return str(self.eqn.primitive.name)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Those of the primitive in JAX, such as its dimension numbers."""
+        return dict(self.eqn.params)
+
+    @property
+    def stack(self) -> str:
+        """The modules it was traced in, where the framework says so."""
+        return compat.name_stack(self.eqn)
+
+    @property
+    def in_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of the operands."""
+        return tuple(compat.aval_of(var.aval) for var in self.eqn.invars)
+
+    @property
+    def out_shape(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the result."""
+        return compat.aval_of(self.eqn.outvars[0].aval)
+
+    @property
+    def flops(self) -> int:
+        """Operations of all runs, multiply and add counted as two."""
+        return self._operation.flops(self.eqn) * self.runs
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written by all runs."""
+        return self._operation.bytes(self.eqn) * self.runs
+
+    @property
+    def operand_roles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The roles of the axes of both operands."""
+        lhs, rhs = (tuple(self._operation.roles(self.eqn, i)) for i in (0, 1))
+        return lhs, rhs
+
+    @property
+    def roles(self) -> dict[int, str]:
+        """The roles of the axes of the leaf.
+
+        "in" is contracted, "out" stays, "batch" is shared by both operands, "index" is
+        looked up, "stacked" is sliced away layer by layer, "mixed" is several of them.
+        """
+        if self.view is None:
+            return {}
+        return _leaf_roles(self.view, self.operand_roles[self.operand], self.rank)
+
+    @property
+    def _operation(self) -> Operation:
+        return TABLE[self.primitive]
+
+    @property
+    def reachable(self) -> bool:
+        """Whether a handler can be called here."""
+        return self.why_not is None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether one operand is a view of one leaf."""
+        return self.kind in ("weight", "gather")
+
+    @property
+    def path(self) -> str:
+        """The path of the leaf, `''` if there is not exactly one."""
+        return self.leaf_paths[0] if self.is_weight else ""
+
+
+def _leaf_roles(view: View, roles: Sequence[str], rank: int) -> dict[int, str]:
+    """Turn the roles of an operand's axes into those of the leaf's."""
+    found: dict[int, set[str]] = {axis: set() for axis in range(rank)}
+    for axes, role in zip(views.axes_of(view), roles, strict=True):
+        for axis in axes:
+            found[axis].add(role)
+    return {
+        axis: "stacked" if not r else r.pop() if len(r) == 1 else "mixed"
+        for axis, r in found.items()
+    }

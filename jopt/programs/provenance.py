@@ -14,76 +14,7 @@ from typing import Any
 
 from jopt.programs import compat, operations, primitives, views
 from jopt.programs.flows import CONSTANT, DATA, Flow, Key, Kind, join, of_view
-from jopt.programs.views import View
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Site:
-    """One operation that multiplies or looks up.
-
-    Attributes:
-        name: the path of the leaf, with '#k' for its later uses; of sites without one
-            leaf, the kind and an ordinal.
-        key: the way to the equation through the bodies of the program.
-        kind: "weight" and "gather" consume a view of one leaf, "derived" a value
-            computed from leaves, "activation" two values that depend on the inputs;
-            "constant" has an operand that depends on neither.
-        primitive: its name in JAX.
-        operand: which operand the leaf is, 0 or 1.
-        view: how the operand looks at the leaf; None if it is not one leaf.
-        leaves: positions of the leaves, in the order of `jax.tree.leaves`.
-        leaf_paths: their paths.
-        roles: of the axes of the leaf: "in" is contracted, "out" stays, "batch" is
-            shared by both operands, "index" is looked up, "stacked" is sliced away
-            layer by layer, "mixed" is several of them.
-        operand_roles: the same of the axes of both operands.
-        params: of the primitive in JAX, such as its dimension numbers.
-        in_shapes: of the operands, with dtypes.
-        out_shape: of the result, with dtype.
-        loops: the key and the length of every scan around it.
-        guards: the branches and `while` loops around it.
-        runs: how often it runs, on all devices.
-        flops: of all runs, multiply and add counted as two.
-        bytes: read and written by all runs.
-        stack: the modules it was traced in, where the framework says so.
-        why_not: why a handler never sees it, or None.
-    """
-
-    key: Key
-    kind: Kind
-    primitive: str
-    operand: int
-    view: View | None
-    leaves: frozenset[int]
-    roles: dict[int, str]
-    operand_roles: tuple[tuple[str, ...], ...]
-    params: dict[str, Any]
-    in_shapes: tuple[Any, ...]
-    out_shape: Any
-    loops: tuple[tuple[Key, int], ...]
-    guards: tuple[str, ...]
-    runs: int
-    flops: int
-    bytes: int
-    stack: str
-    why_not: str | None
-    name: str = ""
-    leaf_paths: tuple[str, ...] = ()
-
-    @property
-    def reachable(self) -> bool:
-        """Whether a handler can be called here."""
-        return self.why_not is None
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether one operand is a view of one leaf."""
-        return self.kind in ("weight", "gather")
-
-    @property
-    def path(self) -> str:
-        """The path of the leaf, `''` if there is not exactly one."""
-        return self.leaf_paths[0] if self.is_weight else ""
+from jopt.programs.operations import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +103,7 @@ class Walk:
             if all(v is not None for v in found):
                 return [of_view(v, leaves) for v in found]
             if name == "gather" and params == [0]:
-                gather = operations.TABLE["gather"]
-                self._note(eqn, flows, place.enter(i), gather)
+                self._note(eqn, flows, place.enter(i))
                 return [DATA]
         if all(flow.kind != "data" for flow in flows):
             return [Flow("derived", None, leaves)] * len(eqn.outvars)
@@ -195,50 +125,33 @@ class Walk:
             return [Flow("derived", None, leaves)], flops
         if all(flow.kind == "constant" for flow in pair):
             return [CONSTANT], flops
-        self._note(eqn, flows, place, operation)
+        self._note(eqn, flows, place)
         is_data = any(flow.kind == "data" for flow in flows)
         leaves = pair[0].leaves | pair[1].leaves
         return [DATA if is_data else Flow("derived", None, leaves)], flops
 
-    def _note(
-        self,
-        eqn: Any,
-        flows: list[Flow],
-        place: _Place,
-        operation: operations.Operation,
-    ) -> None:
-        name, pair = eqn.primitive.name, flows[:2]
+    def _note(self, eqn: Any, flows: list[Flow], place: _Place) -> None:
+        pair = flows[:2]
         operand = next((i for i, flow in enumerate(pair) if flow.is_param), 1)
         view = pair[operand].view
-        kind: Kind = "gather" if name == "gather" else "weight"
+        kind: Kind = "gather" if eqn.primitive.name == "gather" else "weight"
         if pair[operand].kind == "derived":
             kind = "derived"
         elif not pair[operand].is_param:
             is_constant = any(flow.kind == "constant" for flow in pair)
             kind = "constant" if is_constant else "activation"
-        roles = {}
-        operand_roles = tuple(tuple(operation.roles(eqn, i)) for i in (0, 1))
-        if view is not None:
-            roles = _leaf_roles(view, operand_roles[operand], self._ranks[view.leaf])
         self.sites.append(
             Site(
                 key=place.key,
                 kind=kind,
-                primitive=name,
+                eqn=eqn,
                 operand=operand,
                 view=view,
+                rank=0 if view is None else self._ranks[view.leaf],
                 leaves=pair[operand].leaves,
-                roles=roles,
-                operand_roles=operand_roles,
-                params=eqn.params,
-                in_shapes=tuple(compat.aval_of(var.aval) for var in eqn.invars),
-                out_shape=compat.aval_of(eqn.outvars[0].aval),
                 loops=place.loops,
                 guards=place.guards,
                 runs=place.runs,
-                flops=operation.flops(eqn) * place.runs,
-                bytes=operation.bytes(eqn) * place.runs,
-                stack=compat.name_stack(eqn),
                 why_not=place.why_not,
             )
         )
@@ -363,15 +276,3 @@ _ENTER: dict[type, Any] = {
 
 def _read(env: dict[Any, Flow], var: Any) -> Flow:
     return CONSTANT if isinstance(var, compat.Literal) else env[var]
-
-
-def _leaf_roles(view: View, roles: Sequence[str], rank: int) -> dict[int, str]:
-    """Turn the roles of an operand's axes into those of the leaf's."""
-    found: dict[int, set[str]] = {axis: set() for axis in range(rank)}
-    for axes, role in zip(views.axes_of(view), roles, strict=True):
-        for axis in axes:
-            found[axis].add(role)
-    return {
-        axis: "stacked" if not r else r.pop() if len(r) == 1 else "mixed"
-        for axis, r in found.items()
-    }

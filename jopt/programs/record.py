@@ -28,7 +28,7 @@ import rich.progress
 from jopt.programs import interpret
 from jopt.programs.counts import sites
 from jopt.programs.handlers import Handler, Use
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.programs.sites import SiteTable
 
 

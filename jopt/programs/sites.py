@@ -27,7 +27,7 @@ import rich.text
 
 from jopt.programs import compat, provenance, views
 from jopt.programs.flows import DATA, Flow
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.trees import paths, report
 
 

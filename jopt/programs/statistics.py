@@ -13,7 +13,7 @@ import numpy as np
 
 from jopt.programs.handlers import Use, to_array
 from jopt.programs.matrices import input_matrix
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.programs.record import Statistic
 
 

@@ -20,7 +20,7 @@ from jopt.arrays.ranges import Range
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.counts import sites
 from jopt.programs.handlers import Use
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.programs.record import Statistic, record
 from jopt.programs.sites import SiteTable
 from jopt.quantization.observers import Observer, absmax

@@ -16,7 +16,7 @@ from jopt.arrays.formats import decode_levels
 from jopt.arrays.packing import unpack_codes
 from jopt.arrays.quantized import QuantizedArray
 from jopt.programs import compat
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 
 _ELEMENTS = {"mxfp8": jnp.float8_e4m3fn, "nvfp4": jnp.float4_e2m1fn}
 

@@ -43,7 +43,7 @@ from jopt.arrays.scales import reduce_groups
 from jopt.arrays.specs import QuantSpec, scale_shape
 from jopt.programs import statistics
 from jopt.programs.handlers import Use, to_array
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.programs.record import Statistic
 
 _CUT = 23 - 6  # bits of mantissa that do not choose the bin

@@ -15,7 +15,7 @@ from jopt.arrays.quantized import fake_quantize
 from jopt.arrays.ranges import Range, Rule, learned_fake_quantize, scale_of
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.handlers import Use
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 from jopt.programs.sites import SiteTable
 from jopt.quantization.roles import operand_spec
 from jopt.trees import rules

@@ -29,7 +29,7 @@ from jopt.arrays.packing import unpack_codes
 from jopt.arrays.quantized import QuantizedArray
 from jopt.arrays.scales import Scale, effective_scale
 from jopt.arrays.specs import QuantSpec
-from jopt.programs.provenance import Site
+from jopt.programs.operations import Site
 
 
 class Factor(NamedTuple):

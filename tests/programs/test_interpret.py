@@ -137,6 +137,17 @@ def test_two_rewrites_of_one_function_do_not_see_each_other():
     assert not np.array_equal(out, before)
 
 
+def test_profiles_show_the_modules_that_the_function_was_traced_in():
+    model = zoo.ZOO["linen_cnn"]()
+    names = []
+    for f in (model.apply, rewrite(model.apply, EVERY_SITE)):
+        text = jax.jit(f).lower(model.params, *model.inputs).compile().as_text()
+        found = ";".join(re.findall(r'op_name="([^"]*)"', text))
+        found = re.sub(r"/?jit\(\w+\)", "", found).split(";")
+        names.append({name.strip("/") for name in found})
+    assert names[0] <= names[1] and any("block/norm_1" in name for name in names[0])
+
+
 def count_runs(use):
     return use.default(*use.operands), {"runs": jnp.int32(1)}
 
