@@ -339,6 +339,25 @@ def axis_sizes(mesh: Any) -> dict[Any, int]:
     return dict(mesh.shape)
 
 
+def vary(tree: Any) -> Any:
+    """Let arrays differ between the devices of a `shard_map` around, in type only.
+
+    Args:
+        tree: of arrays.
+
+    Returns:
+        The same numbers, of one type wherever they came from.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+
+    def varied(leaf: Any) -> Any:
+        known = jax.typeof(leaf).manual_axis_type.varying if manual else ()
+        missing = tuple(axis for axis in manual if axis not in known)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(varied, tree)
+
+
 def aval_of(value: Any) -> jax.ShapeDtypeStruct:
     """Give what a function is traced with: shape, dtype, and place where it is typed.
 

@@ -20,7 +20,7 @@ class Use:
         default: computes the operation on given operands, arrays or compressed ones,
             which it decompresses.
         rest: its further operands: the group sizes of a `ragged_dot`.
-        value: what `site_values` held for the site, of this layer and device.
+        value: what `site_values` held for the site, of this layer.
     """
 
     site: Site
@@ -73,7 +73,8 @@ class Handler:
         initial: the aux value of a site that has not run: it says the structure, shapes
             and dtypes too. None for a handler without aux.
         merge: the aux value of two runs, of which the initial value is the neutral
-            element; needed for sites inside `while` loops only.
+            element; needed for sites inside `while` loops. Without it, scans over what
+            are no layers stack their aux values instead of merging them.
     """
 
     call: Callable[[Use], Any]

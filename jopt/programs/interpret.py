@@ -8,9 +8,10 @@ the result in place of JAX's own operation; all else runs as it stood. Bodies wi
 selected site, and those that jopt does not know, are not opened.
 
 A handler may return an aux value beside the result, of the structure of
-`handler.initial`. It comes out by site name: stacked over the steps of scans and over
-the devices of a `shard_map`, merged over the steps of `while` loops, and initial where
-a branch was not taken.
+`handler.initial`. It comes out by site name: stacked over the layers of scans and over
+the devices of a `shard_map`, merged over the steps of `while` loops and of scans that
+slice no params (time, batches), and initial where a branch was not taken. A handler
+without a `merge` has it stacked over all scans.
 """
 
 import functools
@@ -89,7 +90,7 @@ def evaluate(
         inputs: the further arguments.
         kwargs: those by name.
         values: site name to what its `Use.value` holds, with a leading axis for each
-            scan and each `shard_map` around it, as aux values have.
+            scan over layers around it.
 
     Returns:
         What the function returns, and beside it the aux values if there are any.

@@ -17,7 +17,7 @@ from jopt.arrays.compressed import CompressedArray
 from jopt.programs import compat
 from jopt.programs.flows import Key
 from jopt.programs.handlers import Handler, Use, is_compressed, to_array
-from jopt.programs.operations import Site
+from jopt.programs.operations import Around, Site
 
 Values = list[Any]
 Aux = dict[str, Any]
@@ -142,24 +142,34 @@ class Interpreter:
         first = inner.num_consts + inner.num_carry
         consts = operands[: inner.num_consts]
         carry = [to_array(value) for value in operands[inner.num_consts : first]]
+        layered = {
+            site.name for site in self._inside(key) if (key, "layers") in _kinds(site)
+        }
+        shared, split = _partition(values, layered)
+        # Over steps that are no layers a site has one aux value, if they can be merged.
+        merged = {} if self._handler.merge is None else self._initial(key, one=True)
 
         def step(
-            carry: Values, each: tuple[Values, Aux]
-        ) -> tuple[Values, tuple[Values, Aux]]:
-            xs, values = each
-            results, aux = self.body(inner.body, [*consts, *carry, *xs], key, values)
+            carry: tuple[Values, Aux], each: tuple[Values, Aux]
+        ) -> tuple[tuple[Values, Aux], tuple[Values, Aux]]:
+            (state, before), (xs, own) = carry, each
+            results, aux = self.body(
+                inner.body, [*consts, *state, *xs], key, {**shared, **own}
+            )
             results = [to_array(value) for value in results]
-            return results[: inner.num_carry], (results[inner.num_carry :], aux)
+            state, ys = results[: inner.num_carry], results[inner.num_carry :]
+            kept = {name: aux.pop(name) for name in before}
+            return (state, self._merged(before, kept, key)), (ys, aux)
 
-        carry, (ys, aux) = lax.scan(
+        (carry, merged), (ys, aux) = lax.scan(
             step,
-            carry,
-            (operands[first:], values),
+            (carry, merged),
+            (operands[first:], split),
             length=inner.length,
             reverse=inner.reverse,
             unroll=inner.unroll,
         )
-        return [*carry, *ys], aux
+        return [*carry, *ys], {**aux, **merged}
 
     def _cond(
         self, inner: compat.Cond, operands: Values, key: Key, values: Aux
@@ -169,7 +179,7 @@ class Interpreter:
                 branch, place = inner.branches[i], (*key, i)
                 results, aux = self.body(branch, operands, place, values)
                 everything = self._initial(key)
-                everything.update(aux)
+                everything.update(compat.vary(aux))
                 return [to_array(value) for value in results], everything
 
             return run
@@ -198,11 +208,9 @@ class Interpreter:
             carry, before = state
             place = (*key, "body")
             results, now = self.body(inner.body, [*consts, *carry], place, values)
-            merged = {
-                name: self._merge(before[name], aux, name, key)
-                for name, aux in now.items()
-            }
-            return [to_array(value) for value in results], merged
+            return [to_array(value) for value in results], self._merged(
+                before, now, key
+            )
 
         return lax.while_loop(goes_on, step, (carry, self._initial(key)))
 
@@ -218,10 +226,10 @@ class Interpreter:
             specs = value.partition_specs(in_specs[i], sizes)
             operands[i] = value.to_array() if specs is None else value
             in_specs[i] = in_specs[i] if specs is None else specs
+        same = PartitionSpec()  # type: ignore[no-untyped-call]
         stacked = PartitionSpec(names)  # type: ignore[no-untyped-call]
 
         def run(values: Aux, *operands: Any) -> tuple[Values, Aux]:
-            values = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), values)
             results, aux = self.body(inner.body, operands, key, values)
             aux = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), aux)
             return [to_array(value) for value in results], aux
@@ -229,20 +237,26 @@ class Interpreter:
         return jax.shard_map(
             run,
             mesh=inner.mesh,
-            in_specs=(stacked, *in_specs),
+            in_specs=(same, *in_specs),
             out_specs=(list(inner.out_specs), stacked),
             axis_names=set(inner.axis_names),
             check_vma=inner.check_vma,
         )(values, *operands)
 
-    def _initial(self, key: Key) -> Aux:
-        """The aux values of the sites inside an equation, as if none had run."""
+    def _initial(self, key: Key, *, one: bool = False) -> Aux:
+        """The aux values of the sites inside an equation, as if none had run.
+
+        With `one`, those of one step of a scan that is not over their layers.
+        """
         initial = self._handler.initial
         if initial is None:
             return {}
         values = {}
         for site in self._inside(key):
-            lengths = tuple(n for loop, n in site.loops if loop[: len(key)] == key)
+            loops = self._stacks(site, key)
+            if one and (key, "layers") in _kinds(site):
+                continue
+            lengths = tuple(loop.size for loop in loops)
             values[site.name] = jax.tree.map(
                 lambda leaf, lengths=lengths: jnp.broadcast_to(
                     jnp.expand_dims(leaf, tuple(range(len(lengths)))),
@@ -250,22 +264,36 @@ class Interpreter:
                 ),
                 initial(site),
             )
-        return values
+        return compat.vary(values)
+
+    def _stacks(self, site: Site, key: Key) -> list[Around]:
+        """What stacks the aux values of a site inside an equation."""
+        merges = self._handler.merge is not None
+        return [
+            around
+            for around in site.around
+            if around.key[: len(key)] == key and not (merges and around.kind == "steps")
+        ]
 
     def _inside(self, key: Key) -> list[Site]:
         return [s for k, s in self._chosen.items() if k[: len(key)] == key]
 
-    def _merge(self, before: Any, now: Any, name: str, key: Key) -> Any:
-        merge = self._handler.merge
-        if merge is None:
-            raise ValueError(
-                f"handler must have a merge for site {name!r} inside a while loop, got "
-                "None; or leave the site out with select"
-            )
-        (site,) = (s for s in self._inside(key) if s.name == name)
-        for _ in [loop for loop, _ in site.loops if loop[: len(key)] == key]:
-            merge = jax.vmap(merge)
-        return merge(before, now)
+    def _merged(self, before: Aux, now: Aux, key: Key) -> Aux:
+        """Merge the aux values of two runs of a body."""
+        merged = {}
+        for site in self._inside(key):
+            if site.name not in before:
+                continue
+            merge = self._handler.merge
+            if merge is None:
+                raise ValueError(
+                    f"handler must have a merge for site {site.name!r} inside a while "
+                    "loop, got None; or leave the site out with select"
+                )
+            for _ in self._stacks(site, key):
+                merge = jax.vmap(merge)
+            merged[site.name] = merge(before[site.name], now[site.name])
+        return compat.vary(merged)
 
 
 _ENTER: dict[type, Any] = {
@@ -281,6 +309,18 @@ _ENTER: dict[type, Any] = {
 
 def _read(env: dict[Any, Any], var: Any) -> Any:
     return var.val if isinstance(var, compat.Literal) else env[var]
+
+
+def _kinds(site: Site) -> list[tuple[Key, str]]:
+    return [(around.key, around.kind) for around in site.around]
+
+
+def _partition(values: Aux, names: set[str]) -> tuple[Aux, Aux]:
+    """Split values into those of other sites and those of the named ones."""
+    return (
+        {name: value for name, value in values.items() if name not in names},
+        {name: value for name, value in values.items() if name in names},
+    )
 
 
 def _view(eqn: Any, operands: Values) -> Any:

@@ -6,7 +6,7 @@ A `Site` is one of them in a program, beside the parameter that it consumes.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -115,6 +115,21 @@ TABLE: dict[str, Operation] = {
 }
 
 
+class Around(NamedTuple):
+    """What runs a site several times.
+
+    Attributes:
+        key: of the equation.
+        size: how often.
+        kind: "layers" is a scan that slices params, or whose counter slices the leaf;
+            "steps" any other scan; "devices" a `shard_map`.
+    """
+
+    key: Key
+    size: int
+    kind: Literal["layers", "steps", "devices"]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One operation that multiplies or looks up.
@@ -131,7 +146,7 @@ class Site:
         view: how the operand looks at the leaf; None if it is not one leaf.
         rank: the number of axes of the leaf.
         leaves: positions of the leaves, in the order of `jax.tree.leaves`.
-        loops: the key and the length of every scan around it.
+        around: the scans and `shard_map`s around it, outermost first.
         guards: the branches and `while` loops around it.
         runs: how often it runs, on all devices.
         why_not: why a handler never sees it, or None.
@@ -145,7 +160,7 @@ class Site:
     view: View | None
     rank: int
     leaves: frozenset[int]
-    loops: tuple[tuple[Key, int], ...]
+    around: tuple[Around, ...]
     guards: tuple[str, ...]
     runs: int
     why_not: str | None

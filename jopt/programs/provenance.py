@@ -14,7 +14,7 @@ from typing import Any
 
 from jopt.programs import compat, operations, primitives, views
 from jopt.programs.flows import CONSTANT, DATA, Flow, Key, Kind, join, of_view
-from jopt.programs.operations import Site
+from jopt.programs.operations import Around, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class _Place:
     """Where in the program a body stands."""
 
     key: Key = ()
-    loops: tuple[tuple[Key, int], ...] = ()
+    around: tuple[Around, ...] = ()
     guards: tuple[str, ...] = ()
     runs: int = 1
     why_not: str | None = None
@@ -39,10 +39,10 @@ class Walk:
         other_uses: leaf to the primitives that consume it outside of sites.
     """
 
-    def __init__(self, leaf_ranks: Sequence[int], *, inline: bool) -> None:
+    def __init__(self, leaf_shapes: Sequence[tuple[int, ...]], *, inline: bool) -> None:
         self.sites: list[Site] = []
         self.other_uses: dict[int, dict[str, None]] = {}
-        self._ranks = leaf_ranks
+        self._shapes = leaf_shapes
         self._inline = inline
 
     def run(self, body: compat.Body, flows: Sequence[Flow]) -> int:
@@ -140,21 +140,23 @@ class Walk:
         elif not pair[operand].is_param:
             is_constant = any(flow.kind == "constant" for flow in pair)
             kind = "constant" if is_constant else "activation"
-        self.sites.append(
-            Site(
-                key=place.key,
-                kind=kind,
-                eqn=eqn,
-                operand=operand,
-                view=view,
-                rank=0 if view is None else self._ranks[view.leaf],
-                leaves=pair[operand].leaves,
-                loops=place.loops,
-                guards=place.guards,
-                runs=place.runs,
-                why_not=place.why_not,
-            )
+        site = Site(
+            key=place.key,
+            kind=kind,
+            eqn=eqn,
+            operand=operand,
+            view=view,
+            rank=0 if view is None else len(self._shapes[view.leaf]),
+            leaves=pair[operand].leaves,
+            around=place.around,
+            guards=place.guards,
+            runs=place.runs,
+            why_not=place.why_not,
         )
+        if view is not None and any(a.kind == "steps" for a in place.around):
+            around = _with_indexed_layers(site, self._shapes[view.leaf])
+            site = dataclasses.replace(site, around=around)
+        self.sites.append(site)
 
     def _use(self, name: str, flows: Iterable[Flow]) -> None:
         for flow in flows:
@@ -200,9 +202,10 @@ class Walk:
         first = inner.num_consts + inner.num_carry
         consts, carry = flows[: inner.num_consts], flows[inner.num_consts : first]
         xs = [flow.unstacked() for flow in flows[first:]]
+        is_layered = any(flow.is_param for flow in flows[first:])
+        loop = Around(place.key, inner.length, "layers" if is_layered else "steps")
         place = place.enter(
-            loops=(*place.loops, (place.key, inner.length)),
-            runs=place.runs * inner.length,
+            around=(*place.around, loop), runs=place.runs * inner.length
         )
 
         def body(carry: list[Flow]) -> tuple[list[Flow], int]:
@@ -258,7 +261,8 @@ class Walk:
         devices = math.prod(sizes[name] for name in inner.axis_names)
         shapes = [var.aval.shape for var in inner.body.invars]
         flows = [flow.resized(shape) for flow, shape in zip(flows, shapes, strict=True)]
-        place = place.enter(runs=place.runs * devices)
+        around = (*place.around, Around(place.key, devices, "devices"))
+        place = place.enter(around=around, runs=place.runs * devices)
         results, flops = self._body(inner.body, flows, place)
         return [flow.stacked() for flow in results], flops * devices
 
@@ -272,6 +276,15 @@ _ENTER: dict[type, Any] = {
     compat.While: Walk._while,
     compat.ShardMap: Walk._shard_map,
 }
+
+
+def _with_indexed_layers(site: Site, shape: tuple[int, ...]) -> tuple[Around, ...]:
+    """Take steps for layers where their counter slices layers off the leaf."""
+    stacked = {shape[axis] for axis, role in site.roles.items() if role == "stacked"}
+    return tuple(
+        a._replace(kind="layers") if a.kind == "steps" and a.size in stacked else a
+        for a in site.around
+    )
 
 
 def _read(env: dict[Any, Flow], var: Any) -> Flow:

@@ -57,8 +57,8 @@ class Recording:
 
     Attributes:
         count: the number of batches.
-        values: name of a site to its statistic, with a leading axis per scan around it
-            and one for the devices of a `shard_map` around it.
+        values: name of a site to its statistic, with a leading axis per scan over
+            layers around it, and one for the devices of a `shard_map` around it.
     """
 
     count: jax.Array
@@ -144,6 +144,30 @@ def record(
     if recording is None:
         raise ValueError("batches must have at least one item, got none")
     return recording
+
+
+def over_devices(value: Any, site: Site, merge: Callable[[Any, Any], Any]) -> Any:
+    """Merge what the devices of `shard_map`s recorded: one statistic for all of them.
+
+    Args:
+        value: of the site, as recorded.
+        site: which one.
+        merge: of the statistic.
+
+    Returns:
+        The statistic without axes for devices.
+    """
+    axes = [a.kind for a in site.around if a.kind != "steps"]
+    for axis in reversed([i for i, kind in enumerate(axes) if kind == "devices"]):
+        parts = [
+            jax.tree.map(lambda leaf, i=i: leaf.take(i, axis), value)  # noqa: B023
+            for i in range(jax.tree.leaves(value)[0].shape[axis])
+        ]
+        each = merge
+        for _ in axes[:axis] + [k for k in axes[axis + 1 :] if k == "layers"]:
+            each = jax.vmap(each)
+        value = functools.reduce(each, parts)
+    return value
 
 
 def _ranks(

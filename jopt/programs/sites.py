@@ -170,7 +170,7 @@ def analyse(
     key = (tuple(names), inline_custom_rules)
     if cached is not None and cached[0] == key:
         return cached[1]
-    walk = provenance.Walk([len(a.shape) for a in avals], inline=inline_custom_rules)
+    walk = provenance.Walk([a.shape for a in avals], inline=inline_custom_rules)
     flows = [
         Flow("view", views.whole(i, a.shape), frozenset({i}))
         for i, a in enumerate(avals)

@@ -21,7 +21,7 @@ from jopt.arrays.specs import QuantSpec
 from jopt.programs.counts import sites
 from jopt.programs.handlers import Use
 from jopt.programs.operations import Site
-from jopt.programs.record import Statistic, record
+from jopt.programs.record import Statistic, over_devices, record
 from jopt.programs.sites import SiteTable
 from jopt.quantization.observers import Observer, absmax
 from jopt.quantization.operands import Activations, site_specs, static_spec
@@ -100,9 +100,11 @@ def finish(
     weight_specs: tuple[tuple[str, QuantSpec], ...],
 ) -> Calibration:
     """Turn recorded statistics into ranges."""
-    initial = _of_operands(observer, pairs).initial
+    statistic = _of_operands(observer, pairs)
+    initial = statistic.initial
     ranges: dict[str, Pair] = {}
     for name, value in values.items():
+        value = over_devices(value, table[name], statistic.merge)
         alone = jax.eval_shape(lambda name=name: initial(table[name]))
         pair = [
             None if spec is None else _range(observer, v, a, spec)

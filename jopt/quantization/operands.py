@@ -1,16 +1,13 @@
 """What is rounded at a site: which operands, by which spec, at which scales."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jopt.arrays import axes
 from jopt.arrays.quantized import fake_quantize
 from jopt.arrays.ranges import Range, Rule, learned_fake_quantize, scale_of
 from jopt.arrays.specs import QuantSpec
@@ -149,19 +146,9 @@ def range_at(use: Use, i: int) -> Range | None:
         i: which operand.
 
     Returns:
-        Its range, which differs between the devices of a `shard_map` only where the
-        operand does; None where there is none.
+        Its range; None where there is none.
     """
-    ends: Range | None = None if use.value is None else use.value[i]
-    if ends is None:
-        return None
-    known = set(axes.varying_axes(use.operands[i]))
-    extra = tuple(a for a in axes.varying_axes(ends.high) if a not in known)
-    if not extra:
-        return ends
-    # The same on all of these devices, which only a collective can say.
-    least, most = (functools.partial(f, axis_name=extra) for f in (lax.pmin, lax.pmax))
-    return Range(most(ends.high), None if ends.low is None else least(ends.low))
+    return None if use.value is None else use.value[i]
 
 
 def static_spec(spec: QuantSpec) -> QuantSpec:

@@ -96,7 +96,8 @@ def test_sites_in_a_loop_carry_their_length_and_their_modules():
     model = zoo.ZOO["linen_transformer"]()
     table = sites(model.apply, model.params, *model.inputs)
     kernel = next(site for site in table if site.name.endswith("query/kernel"))
-    assert len(kernel.loops) == 1 and kernel.runs == kernel.loops[0][1] > 1
+    assert [a.kind for a in kernel.around] == ["layers"]
+    assert kernel.runs == kernel.around[0].size > 1
     assert any("query" in site.stack for site in table)
 
 
