@@ -1,12 +1,11 @@
 """What JAX calls things: the one file that knows versions and undocumented attributes.
 
-A traced function is a `Body`: a jaxpr and its constants. `control` reads an equation
-that holds other bodies (a scan, a branch, a jitted call) into a record of its own, and
-`bind` runs an equation as it stands.
+`trace` turns a function into a `Body`; `control` reads an equation that holds other
+bodies (a scan, a branch, a jitted call) into a record of its own, and `bind` runs an
+equation as it stands.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.sharding import Sharding
+
+from jopt.programs.bodies import (
+    Body,
+    Cond,
+    Control,
+    CustomRule,
+    Inner,
+    Remat,
+    Scan,
+    ShardMap,
+    Traced,
+    While,
+)
 
 Literal = core.Literal
 _CLOSED = core.ClosedJaxpr  # type: ignore[attr-defined]
@@ -35,117 +47,14 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+)
 # All that `control` can read.
 ENTERED = frozenset(_CALLS) | {"scan", "while", "cond", "shard_map"}
 _REMAT = ("remat2", "checkpoint")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Body:
-    """A traced function: equations over variables, and the constants it closes over."""
-
-    jaxpr: Any
-    consts: tuple[Any, ...]
-
-    @property
-    def eqns(self) -> Sequence[Any]:
-        """The equations in program order."""
-        return self.jaxpr.eqns
-
-    @property
-    def invars(self) -> Sequence[Any]:
-        """The arguments."""
-        return self.jaxpr.invars
-
-    @property
-    def outvars(self) -> Sequence[Any]:
-        """The results, variables or literals."""
-        return self.jaxpr.outvars
-
-    @property
-    def constvars(self) -> Sequence[Any]:
-        """The variables that stand for `consts`."""
-        return self.jaxpr.constvars
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Inner:
-    """A body called with the operands of the equation."""
-
-    body: Body
-    name: str
-    in_shardings: tuple[Sharding | None, ...] = ()
-    out_shardings: tuple[Sharding | None, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Remat:
-    """A body that is computed again in the backward pass."""
-
-    body: Body
-    policy: Callable[..., Any] | None
-    prevent_cse: bool | tuple[bool, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CustomRule:
-    """A body with a derivative of its own, `custom_jvp` or `custom_vjp`."""
-
-    body: Body
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scan:
-    """A body run `length` times: operands are constants, carries and stacked inputs."""
-
-    body: Body
-    num_consts: int
-    num_carry: int
-    length: int
-    reverse: bool
-    unroll: int | bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class While:
-    """A body run until a condition fails: its constants first, then the body's."""
-
-    condition: Body
-    body: Body
-    num_condition_consts: int
-    num_body_consts: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cond:
-    """One of several bodies, chosen by the first operand."""
-
-    branches: tuple[Body, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ShardMap:
-    """A body run by each device on its own shards."""
-
-    body: Body
-    mesh: Any
-    in_specs: tuple[Any, ...]
-    out_specs: tuple[Any, ...]
-    axis_names: frozenset[Any]
-    check_vma: bool
-
-
-Control = Inner | Remat | CustomRule | Scan | While | Cond | ShardMap
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Traced:
-    """A function traced at given shapes: its body, and the structure of its results."""
-
-    body: Body
-    out_tree: Any
 
 
 def trace(
@@ -173,6 +82,14 @@ def trace(
             "jopt.functional(module) makes a pure function of a module, "
             "mutable=True one that returns its state"
         ) from error
+    except jax.errors.JAXTypeError as error:
+        if not isinstance(error, _NEEDS_VALUES):
+            raise
+        raise ValueError(
+            "apply must not need the value of an array in Python, as in `if x:` or "
+            f"range(x), got {str(error).splitlines()[0]}; bind what is static with "
+            "functools.partial(apply, name=value)"
+        ) from error
     return Traced(_open(closed), jax.tree.structure(shapes))
 
 
@@ -196,7 +113,8 @@ def control(eqn: Any) -> Control | None:
             params["body_nconsts"],
         )
     if name == "cond":
-        return Cond(tuple(map(_open, params["branches"])))
+        branches = tuple(map(_open, params["branches"]))
+        return Cond(branches, params.get("branches_platforms"))
     if name == "shard_map":
         return ShardMap(
             _open(params["jaxpr"]),
@@ -275,12 +193,24 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
         The list of its results.
     """
     params = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
+    with context(eqn):
         if isinstance(params, tuple):  # a list of functions, and the rest
             out = eqn.primitive.bind(*params[0], *operands, **params[1])
         else:
             out = eqn.primitive.bind(*operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def context(eqn: Any) -> Any:
+    """Enter the mesh, the memory and the settings that an equation was traced under.
+
+    Args:
+        eqn: an equation of a jaxpr.
+
+    Returns:
+        A context manager.
+    """
+    return eqn.ctx.manager
 
 
 @functools.cache
@@ -339,6 +269,31 @@ def axis_sizes(mesh: Any) -> dict[Any, int]:
     return dict(mesh.shape)
 
 
+def is_ref(aval: Any) -> bool:
+    """Tell whether an abstract value is a reference that is read and written.
+
+    Args:
+        aval: of a variable.
+
+    Returns:
+        True for what `jax.new_ref` makes.
+    """
+    return hasattr(aval, "inner_aval")
+
+
+def is_staged(tree: Any) -> bool:
+    """Tell whether a call is being traced into a larger program.
+
+    Args:
+        tree: of the arguments of the call.
+
+    Returns:
+        True inside `jit` and the like; False where unsure.
+    """
+    # Under eager `grad` and `vmap` arguments are tracers of other kinds.
+    return any(type(x).__name__ == "DynamicJaxprTracer" for x in jax.tree.leaves(tree))
+
+
 def vary(tree: Any) -> Any:
     """Let arrays differ between the devices of a `shard_map` around, in type only.
 
@@ -370,6 +325,11 @@ def aval_of(value: Any) -> jax.ShapeDtypeStruct:
     kind = value
     if isinstance(value, jax.Array) or not hasattr(value, "shape"):
         kind = jax.typeof(value)
+    if is_ref(kind):
+        raise TypeError(
+            f"params and inputs must be arrays, got a reference {kind}; read it before "
+            "the call and write it after"
+        )
     sharding = getattr(kind, "sharding", None)
     return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
         kind.shape,

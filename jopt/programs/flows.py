@@ -19,11 +19,14 @@ class Flow(NamedTuple):
             "derived" depends on params alone, "data" on the inputs.
         view: how it looks at its leaf.
         leaves: that it depends on, while it depends on nothing else.
+        is_chosen: whether the inputs say which elements of the leaves it is, as an
+            index does that chooses an expert.
     """
 
     kind: Literal["constant", "view", "derived", "data"]
     view: View | None = None
     leaves: frozenset[int] = frozenset()
+    is_chosen: bool = False
 
     @property
     def is_param(self) -> bool:
@@ -35,27 +38,32 @@ class Flow(NamedTuple):
         if self.view is None:
             return self
         view = dataclasses.replace(self.view, dims=self.view.dims[1:])
-        return of_view(view, self.leaves)
+        return of_view(view, self.leaves, is_chosen=self.is_chosen)
 
     def stacked(self) -> "Flow":
         """Say what is put together again: derived, no view any more."""
-        return self if self.view is None else of_view(None, self.leaves)
+        if self.view is None:
+            return self
+        return of_view(None, self.leaves, is_chosen=self.is_chosen)
 
     def resized(self, shape: Sequence[int]) -> "Flow":
         """Say what a device sees of a sharded value."""
         if self.view is None:
             return self
-        return of_view(views.resize(self.view, shape), self.leaves)
+        view = views.resize(self.view, shape)
+        return of_view(view, self.leaves, is_chosen=self.is_chosen)
 
 
 CONSTANT, DATA = Flow("constant"), Flow("data")
 
 
-def of_view(view: View | None, leaves: frozenset[int]) -> Flow:
+def of_view(
+    view: View | None, leaves: frozenset[int], *, is_chosen: bool = False
+) -> Flow:
     """Make the flow of a view, or of a value derived from the leaves if it is none."""
     if view is None:
-        return Flow("derived", None, leaves)
-    return Flow("view", view, frozenset({view.leaf}))
+        return Flow("derived", None, leaves, is_chosen)
+    return Flow("view", view, frozenset({view.leaf}), is_chosen)
 
 
 def join(a: Flow, b: Flow) -> Flow:
@@ -64,4 +72,4 @@ def join(a: Flow, b: Flow) -> Flow:
         return a
     if "data" in (a.kind, b.kind):
         return DATA
-    return Flow("derived", None, a.leaves | b.leaves)
+    return Flow("derived", None, a.leaves | b.leaves, a.is_chosen or b.is_chosen)

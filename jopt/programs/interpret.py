@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jopt.programs import sites
+from jopt.programs import compat, flags, sites
 from jopt.programs.handlers import Handler, is_compressed, to_array
 from jopt.programs.interpreter import Interpreter
 
@@ -55,22 +55,42 @@ def rewrite(
     Array([[0.5, 0.5]], dtype=float32)
     """
 
-    # Only when called eagerly does this jit do more than the one around it.
-    @jax.jit
-    def run(params: Any, inputs: Any, kwargs: Any, values: Any) -> Any:
+    def run(params: Any, inputs: Any, kwargs: Any) -> Any:
         analysis = sites.analyse(
             apply, params, inputs, kwargs, inline_custom_rules=inline_custom_rules
         )
-        return evaluate(analysis, handler, params, inputs, kwargs, values)
+        return evaluate(analysis, handler, params, inputs, kwargs, {})
 
-    def rewritten(
-        params: Any, *inputs: Any, site_values: Any = None, **kwargs: Any
-    ) -> Any:
-        return run(params, inputs, kwargs, site_values or {})
+    call = compiled_if_eager(run)
+
+    def rewritten(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return call(params, inputs, kwargs)
 
     return (
         functools.wraps(apply)(rewritten) if hasattr(apply, "__name__") else rewritten
     )
+
+
+def compiled_if_eager(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of `(params, inputs, kwargs, *rest)` if it is called eagerly.
+
+    Inside `jit` it is written into the program around, as the function that it stands
+    for would be. Inputs that are no arrays or numbers (`train=True`) are static.
+
+    Args:
+        run: what to call.
+
+    Returns:
+        What to call in its place.
+    """
+    compiled = jax.jit(run)
+
+    def call(params: Any, inputs: Any, kwargs: Any, *rest: Any) -> Any:
+        inputs, kwargs = flags.fix((inputs, kwargs))
+        args = (params, inputs, kwargs, *rest)
+        return run(*args) if compat.is_staged(args) else compiled(*args)
+
+    return call
 
 
 def evaluate(

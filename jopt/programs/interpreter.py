@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jopt.arrays.compressed import CompressedArray
-from jopt.programs import compat
+from jopt.programs import bodies, compat
 from jopt.programs.flows import Key
 from jopt.programs.handlers import Handler, Use, is_compressed, to_array
 from jopt.programs.operations import Around, Site
@@ -41,7 +41,7 @@ class Interpreter:
         self._on_the_way = {key[:i] for key in chosen for i in range(len(key))}
 
     def body(
-        self, body: compat.Body, operands: Sequence[Any], key: Key, values: Aux
+        self, body: bodies.Body, operands: Sequence[Any], key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         """Evaluate a body.
 
@@ -73,7 +73,8 @@ class Interpreter:
         self, eqn: Any, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         if key in self._chosen:
-            return self._site(eqn, operands, self._chosen[key], values)
+            with compat.context(eqn):
+                return self._site(eqn, operands, self._chosen[key], values)
         if key in self._on_the_way:
             inner = compat.control(eqn)
             values = {
@@ -81,7 +82,8 @@ class Interpreter:
                 for site in self._inside(key)
                 if site.name in values
             }
-            return _ENTER[type(inner)](self, inner, operands, key, values)
+            with compat.context(eqn):
+                return _ENTER[type(inner)](self, inner, operands, key, values)
         if self._has_compressed and any(map(is_compressed, operands)):
             view = _view(eqn, operands)
             if view is not None:
@@ -113,19 +115,19 @@ class Interpreter:
         return [result], {} if self._handler.initial is None else {site.name: aux}
 
     def _inner(
-        self, inner: compat.Inner, operands: Values, key: Key, values: Aux
+        self, inner: bodies.Inner, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         operands = _constrained(operands, inner.in_shardings)
         results, aux = self.body(inner.body, operands, key, values)
         return _constrained(results, inner.out_shardings), aux
 
     def _custom_rule(
-        self, inner: compat.CustomRule, operands: Values, key: Key, values: Aux
+        self, inner: bodies.CustomRule, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         return self.body(inner.body, operands, key, values)
 
     def _remat(
-        self, inner: compat.Remat, operands: Values, key: Key, values: Aux
+        self, inner: bodies.Remat, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         @functools.partial(
             jax.checkpoint, policy=inner.policy, prevent_cse=inner.prevent_cse
@@ -137,7 +139,7 @@ class Interpreter:
         return run(operands, values)
 
     def _scan(
-        self, inner: compat.Scan, operands: Values, key: Key, values: Aux
+        self, inner: bodies.Scan, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         first = inner.num_consts + inner.num_carry
         consts = operands[: inner.num_consts]
@@ -172,7 +174,7 @@ class Interpreter:
         return [*carry, *ys], {**aux, **merged}
 
     def _cond(
-        self, inner: compat.Cond, operands: Values, key: Key, values: Aux
+        self, inner: bodies.Cond, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         def branch(i: int) -> Callable[..., tuple[Values, Aux]]:
             def run(*operands: Any) -> tuple[Values, Aux]:
@@ -186,36 +188,41 @@ class Interpreter:
 
         index, *rest = operands
         branches = [branch(i) for i in range(len(inner.branches))]
+        if inner.platforms is not None:
+            return _by_platform(inner.platforms, branches, rest)
         if index.dtype == bool:
             return lax.cond(index, branches[1], branches[0], *rest)
         return lax.switch(index, branches, *rest)
 
     def _while(
-        self, inner: compat.While, operands: Values, key: Key, values: Aux
+        self, inner: bodies.While, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         num_condition = inner.num_condition_consts
         first = num_condition + inner.num_body_consts
         stops, consts = operands[:num_condition], operands[num_condition:first]
         carry = [to_array(value) for value in operands[first:]]
 
-        def goes_on(state: tuple[Values, Aux]) -> jax.Array:
-            results, _ = self.body(
-                inner.condition, [*stops, *state[0]], (*key, "condition"), {}
-            )
-            return results[0]
+        def who_goes_on(carry: Values) -> jax.Array:
+            place = (*key, "condition")
+            return self.body(inner.condition, [*stops, *carry], place, {})[0][0]
 
         def step(state: tuple[Values, Aux]) -> tuple[Values, Aux]:
             carry, before = state
             place = (*key, "body")
             results, now = self.body(inner.body, [*consts, *carry], place, values)
-            return [to_array(value) for value in results], self._merged(
-                before, now, key
-            )
+            results = [to_array(value) for value in results]
+            if jnp.ndim(inner.condition.outvars[0].aval):  # one condition per example
+                results = _where(who_goes_on(carry), results, carry)
+            return results, self._merged(before, now, key)
 
-        return lax.while_loop(goes_on, step, (carry, self._initial(key)))
+        return lax.while_loop(
+            lambda state: jnp.any(who_goes_on(state[0])),
+            step,
+            (carry, self._initial(key)),
+        )
 
     def _shard_map(
-        self, inner: compat.ShardMap, operands: Values, key: Key, values: Aux
+        self, inner: bodies.ShardMap, operands: Values, key: Key, values: Aux
     ) -> tuple[Values, Aux]:
         names = tuple(n for n in inner.mesh.axis_names if n in inner.axis_names)
         sizes = compat.axis_sizes(inner.mesh)
@@ -297,18 +304,40 @@ class Interpreter:
 
 
 _ENTER: dict[type, Any] = {
-    compat.Inner: Interpreter._inner,
-    compat.Remat: Interpreter._remat,
-    compat.CustomRule: Interpreter._custom_rule,
-    compat.Scan: Interpreter._scan,
-    compat.Cond: Interpreter._cond,
-    compat.While: Interpreter._while,
-    compat.ShardMap: Interpreter._shard_map,
+    bodies.Inner: Interpreter._inner,
+    bodies.Remat: Interpreter._remat,
+    bodies.CustomRule: Interpreter._custom_rule,
+    bodies.Scan: Interpreter._scan,
+    bodies.Cond: Interpreter._cond,
+    bodies.While: Interpreter._while,
+    bodies.ShardMap: Interpreter._shard_map,
 }
 
 
 def _read(env: dict[Any, Any], var: Any) -> Any:
     return var.val if isinstance(var, compat.Literal) else env[var]
+
+
+def _where(goes_on: jax.Array, after: Values, before: Values) -> Values:
+    """Keep the state of the examples of a batch that are done."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        lanes = tuple(range(goes_on.ndim, new.ndim))
+        return jnp.where(jnp.expand_dims(goes_on, lanes), new, old)
+
+    return list(map(choose, after, before))
+
+
+def _by_platform(
+    platforms: Sequence[tuple[str, ...] | None],
+    branches: Sequence[Callable[..., Any]],
+    operands: Values,
+) -> Any:
+    """Choose a branch when the program is compiled for a platform."""
+    chosen: dict[str, Any] = {}
+    for names, branch in zip(platforms, branches, strict=True):
+        chosen.update(dict.fromkeys(names or ("default",), branch))
+    return lax.platform_dependent(*operands, **chosen)
 
 
 def _kinds(site: Site) -> list[tuple[Key, str]]:

@@ -80,9 +80,21 @@ def _ragged_flops(eqn: Any) -> int:
 def _gather_roles(eqn: Any, operand: int) -> list[str]:
     if operand == 1:
         return ["index"] * len(eqn.invars[1].aval.shape)
-    numbers = eqn.params["dimension_numbers"]
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape
+    # A slice as long as its axis starts at 0, whatever its index says.
+    index = [a for a in numbers.start_index_map if sizes[a] != shape[a]]
     batch = numbers.operand_batching_dims
-    return _roles(eqn, operand, {"index": numbers.start_index_map, "batch": batch})
+    return _roles(eqn, operand, {"index": index, "batch": batch})
+
+
+def _slice_roles(eqn: Any, operand: int) -> list[str]:
+    """A slice that starts where the inputs say is a lookup of one row."""
+    if operand == 1:
+        return []
+    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    index = [a for a, size in enumerate(sizes) if size != shape[a]]
+    return _roles(eqn, operand, {"index": index})
 
 
 def _roles(eqn: Any, operand: int, axes: dict[str, Sequence[int]]) -> list[str]:
@@ -111,6 +123,7 @@ TABLE: dict[str, Operation] = {
     "conv_general_dilated": Operation(_conv_roles, _conv_flops, _all_bytes),
     "ragged_dot_general": Operation(_ragged_roles, _ragged_flops, _all_bytes),
     "ragged_dot": Operation(_ragged_roles, _ragged_flops, _all_bytes),
+    "dynamic_slice": Operation(_slice_roles, lambda eqn: 0, _gather_bytes),
     "gather": Operation(_gather_roles, lambda eqn: 0, _gather_bytes),
 }
 

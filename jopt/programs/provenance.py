@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jopt.programs import compat, operations, primitives, views
+from jopt.programs import bodies, compat, operations, primitives, views
 from jopt.programs.flows import CONSTANT, DATA, Flow, Key, Kind, join, of_view
 from jopt.programs.operations import Around, Site
+from jopt.programs.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,12 @@ class Walk:
 
     def __init__(self, leaf_shapes: Sequence[tuple[int, ...]], *, inline: bool) -> None:
         self.sites: list[Site] = []
+        self._known: dict[Any, tuple[Any, Any]] = {}
         self.other_uses: dict[int, dict[str, None]] = {}
         self._shapes = leaf_shapes
         self._inline = inline
 
-    def run(self, body: compat.Body, flows: Sequence[Flow]) -> int:
+    def run(self, body: bodies.Body, flows: Sequence[Flow]) -> int:
         """Walk the whole program.
 
         Args:
@@ -56,13 +58,15 @@ class Walk:
             The floating point operations of one call.
         """
         results, flops = self._body(body, flows, _Place())
-        self._use("returned", [flow for flow in results if flow.is_param])
+        self._use("the result", [flow for flow in results if flow.is_param])
         return flops
 
     def _body(
-        self, body: compat.Body, flows: Sequence[Flow], place: _Place
+        self, body: bodies.Body, flows: Sequence[Flow], place: _Place
     ) -> tuple[list[Flow], int]:
-        env: dict[Any, Flow] = dict.fromkeys(body.constvars, CONSTANT)
+        env: dict[Any, Flow] = {
+            var: DATA if compat.is_ref(var.aval) else CONSTANT for var in body.constvars
+        }
         env.update(zip(body.invars, flows, strict=True))
         total = 0
         for i, eqn in enumerate(body.eqns):
@@ -77,11 +81,19 @@ class Walk:
     ) -> tuple[list[Flow], int]:
         inner = compat.control(eqn)
         if inner is not None:
-            return _ENTER[type(inner)](self, inner, flows, place.enter(i))
+            place = place.enter(i)
+            enter = functools.partial(
+                _ENTER[type(inner)], self, inner, list(flows), place
+            )
+            is_loop = isinstance(inner, bodies.Scan | bodies.While)
+            return self._once(place, flows, enter) if is_loop else enter()
         operation = operations.TABLE.get(eqn.primitive.name)
-        if operation is not None and eqn.primitive.name != "gather":
+        if operation is not None and eqn.primitive.name not in _LOOKUPS:
             return self._operation(eqn, flows, place.enter(i), operation)
         params = [i for i, flow in enumerate(flows) if flow.is_param]
+        if eqn.primitive.name in primitives.REFS:  # what is read was written elsewhere
+            self._use(eqn.primitive.name, [flows[i] for i in params])
+            return [DATA] * len(eqn.outvars), 0
         if not params:
             is_data = any(flow.kind == "data" for flow in flows)
             return [DATA if is_data else CONSTANT] * len(eqn.outvars), 0
@@ -94,22 +106,32 @@ class Walk:
         name = eqn.primitive.name
         if name == "optimization_barrier":
             return list(flows)
-        is_const = [flow.kind == "constant" for flow in flows]
         leaves = frozenset().union(*(flow.leaves for flow in flows))
+        is_chosen = any(flow.is_chosen for flow in flows)
         if len(params) == 1 and flows[params[0]].view is not None:
-            view = flows[params[0]].view
-            assert view is not None
-            found = views.step(eqn, view, params[0], is_const)
-            if all(v is not None for v in found):
-                return [of_view(v, leaves) for v in found]
-            if name == "gather" and params == [0]:
+            found = self._looked_at(eqn, flows, params[0])
+            by_data = name in _LOOKUPS and any(f.kind == "data" for f in flows)
+            # By an index that the inputs give, a matrix is chosen, but a row is read.
+            is_row = by_data and _num_axes(found[0]) < 2
+            if all(view is not None for view in found) and not is_row:
+                is_chosen |= by_data
+                return [of_view(view, leaves, is_chosen=is_chosen) for view in found]
+            if params == [0] and (name == "gather" or by_data):
                 self._note(eqn, flows, place.enter(i))
                 return [DATA]
         if all(flow.kind != "data" for flow in flows):
-            return [Flow("derived", None, leaves)] * len(eqn.outvars)
+            return [Flow("derived", None, leaves, is_chosen)] * len(eqn.outvars)
         is_opaque = primitives.is_opaque(name, holds_bodies=compat.holds_bodies(eqn))
         self._use(name + " (opaque)" * is_opaque, [flows[i] for i in params])
         return [DATA] * len(eqn.outvars)
+
+    def _looked_at(
+        self, eqn: Any, flows: list[Flow], position: int
+    ) -> list[View | None]:
+        view = flows[position].view
+        assert view is not None
+        is_const = [flow.kind == "constant" for flow in flows]
+        return views.step(eqn, view, position, is_const)
 
     def _operation(
         self,
@@ -120,21 +142,26 @@ class Walk:
     ) -> tuple[list[Flow], int]:
         flops = operation.flops(eqn)
         pair = flows[:2]
-        if all(flow.is_param for flow in pair):
+        if all(flow.is_param for flow in pair) and not any(
+            flow.is_chosen for flow in pair
+        ):
             leaves = pair[0].leaves | pair[1].leaves
+            self._use(f"{eqn.primitive.name} of params alone", pair)
             return [Flow("derived", None, leaves)], flops
         if all(flow.kind == "constant" for flow in pair):
             return [CONSTANT], flops
         self._note(eqn, flows, place)
-        is_data = any(flow.kind == "data" for flow in flows)
+        is_data = any(flow.kind == "data" or flow.is_chosen for flow in flows)
         leaves = pair[0].leaves | pair[1].leaves
         return [DATA if is_data else Flow("derived", None, leaves)], flops
 
     def _note(self, eqn: Any, flows: list[Flow], place: _Place) -> None:
         pair = flows[:2]
-        operand = next((i for i, flow in enumerate(pair) if flow.is_param), 1)
+        params = [i for i, flow in enumerate(pair) if flow.is_param]
+        # Where both are params, the one that the inputs did not choose is the weight.
+        operand = min(params, key=lambda i: pair[i].is_chosen, default=1)
         view = pair[operand].view
-        kind: Kind = "gather" if eqn.primitive.name == "gather" else "weight"
+        kind: Kind = "gather" if eqn.primitive.name in _LOOKUPS else "weight"
         if pair[operand].kind == "derived":
             kind = "derived"
         elif not pair[operand].is_param:
@@ -169,7 +196,7 @@ class Walk:
         return self._body(inner.body, flows, place)
 
     def _custom_rule(
-        self, inner: compat.CustomRule, flows: list[Flow], place: _Place
+        self, inner: bodies.CustomRule, flows: list[Flow], place: _Place
     ) -> tuple[list[Flow], int]:
         if not self._inline:
             why_not = f"inside {inner.name}, whose gradient rule would be lost"
@@ -177,7 +204,7 @@ class Walk:
         return self._body(inner.body, flows, place)
 
     def _cond(
-        self, inner: compat.Cond, flows: list[Flow], place: _Place
+        self, inner: bodies.Cond, flows: list[Flow], place: _Place
     ) -> tuple[list[Flow], int]:
         results: list[list[Flow]] = []
         flops = [0]
@@ -197,7 +224,7 @@ class Walk:
         return joined, max(flops)
 
     def _scan(
-        self, inner: compat.Scan, flows: list[Flow], place: _Place
+        self, inner: bodies.Scan, flows: list[Flow], place: _Place
     ) -> tuple[list[Flow], int]:
         first = inner.num_consts + inner.num_carry
         consts, carry = flows[: inner.num_consts], flows[inner.num_consts : first]
@@ -216,7 +243,7 @@ class Walk:
         return results[: inner.num_carry] + ys, flops * inner.length
 
     def _while(
-        self, inner: compat.While, flows: list[Flow], place: _Place
+        self, inner: bodies.While, flows: list[Flow], place: _Place
     ) -> tuple[list[Flow], int]:
         first = inner.num_condition_consts + inner.num_body_consts
         consts = flows[inner.num_condition_consts : first]
@@ -240,22 +267,51 @@ class Walk:
         return results, flops + count
 
     def _fixpoint(
-        self, body: Callable[[list[Flow]], tuple[list[Flow], int]], carry: list[Flow]
+        self, body: Callable[[list[Flow]], tuple[list[Flow], int]], first: list[Flow]
     ) -> tuple[list[Flow], int]:
         """Run a body until its carry is what it was; only the last run is kept."""
+        carry = first
         while True:
-            num_sites = len(self.sites)
-            uses = {leaf: dict(names) for leaf, names in self.other_uses.items()}
-            results, flops = body(carry)
+            (results, flops), found = self._aside(functools.partial(body, carry))
             joined = [join(a, b) for a, b in zip(carry, results, strict=False)]
             if joined == carry:
-                return carry + results[len(carry) :], flops
+                break
             carry = joined
-            del self.sites[num_sites:]
-            self.other_uses = uses
+        self._keep(*found)
+        pairs = zip(first, carry, strict=True)
+        self._use("the carry of a loop", [a for a, b in pairs if b == DATA])
+        return carry + results[len(carry) :], flops
+
+    def _once(
+        self,
+        place: _Place,
+        flows: list[Flow],
+        run: Callable[[], tuple[list[Flow], int]],
+    ) -> tuple[list[Flow], int]:
+        """Walk a loop once for all that flows into it, however often loops nest."""
+        key = place, tuple(flows)
+        if key not in self._known:
+            self._known[key] = self._aside(run)
+        (results, flops), found = self._known[key]
+        self._keep(*found)
+        return list(results), flops
+
+    def _aside(self, run: Callable[[], Any]) -> tuple[Any, tuple[Any, Any]]:
+        """Run, and return what was found beside the results."""
+        before = self.sites, self.other_uses
+        self.sites, self.other_uses = [], {}
+        results = run()
+        found = self.sites, self.other_uses
+        self.sites, self.other_uses = before
+        return results, found
+
+    def _keep(self, sites: list[Site], uses: dict[int, dict[str, None]]) -> None:
+        self.sites += sites
+        for leaf, names in uses.items():
+            self.other_uses.setdefault(leaf, {}).update(names)
 
     def _shard_map(
-        self, inner: compat.ShardMap, flows: list[Flow], place: _Place
+        self, inner: bodies.ShardMap, flows: list[Flow], place: _Place
     ) -> tuple[list[Flow], int]:
         sizes = compat.axis_sizes(inner.mesh)
         devices = math.prod(sizes[name] for name in inner.axis_names)
@@ -268,13 +324,13 @@ class Walk:
 
 
 _ENTER: dict[type, Any] = {
-    compat.Inner: Walk._inner,
-    compat.Remat: Walk._inner,
-    compat.CustomRule: Walk._custom_rule,
-    compat.Cond: Walk._cond,
-    compat.Scan: Walk._scan,
-    compat.While: Walk._while,
-    compat.ShardMap: Walk._shard_map,
+    bodies.Inner: Walk._inner,
+    bodies.Remat: Walk._inner,
+    bodies.CustomRule: Walk._custom_rule,
+    bodies.Cond: Walk._cond,
+    bodies.Scan: Walk._scan,
+    bodies.While: Walk._while,
+    bodies.ShardMap: Walk._shard_map,
 }
 
 
@@ -285,6 +341,16 @@ def _with_indexed_layers(site: Site, shape: tuple[int, ...]) -> tuple[Around, ..
         a._replace(kind="layers") if a.kind == "steps" and a.size in stacked else a
         for a in site.around
     )
+
+
+_LOOKUPS = ("gather", "dynamic_slice")
+
+
+def _num_axes(view: View | None) -> int:
+    """Count the axes along which more than one element of a leaf lies."""
+    if view is None:
+        return 0
+    return sum(math.prod(atom.size for atom in dim) > 1 for dim in view.dims)
 
 
 def _read(env: dict[Any, Flow], var: Any) -> Flow:

@@ -15,8 +15,8 @@ same leaf in program order, whatever framework wrote the program:
 What is not covered is listed with the reason, never skipped.
 """
 
-import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +25,7 @@ import rich.box
 import rich.table
 import rich.text
 
-from jopt.programs import compat, provenance, views
+from jopt.programs import bodies, compat, flags, provenance, views
 from jopt.programs.flows import DATA, Flow
 from jopt.programs.operations import Site
 from jopt.trees import paths, report
@@ -114,6 +114,10 @@ class SiteTable:
         if self.uncovered:
             lines.append(" not covered:")
             lines += [f"   {path}: {reason}" for path, reason in self.uncovered.items()]
+        also = {p: u for p, u in self.other_uses.items() if p not in self.uncovered}
+        if also:
+            lines.append(" used elsewhere too:")
+            lines += [f"   {path}: {', '.join(uses)}" for path, uses in also.items()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -128,7 +132,7 @@ class Analysis:
         table: its sites.
     """
 
-    traced: compat.Traced
+    traced: bodies.Traced
     table: SiteTable
 
 
@@ -140,7 +144,7 @@ def analyse(
     *,
     inline_custom_rules: bool = False,
 ) -> Analysis:
-    """Trace a function and find its sites; again at the same shapes for nothing.
+    """Trace a function and find its sites.
 
     Args:
         apply: a pure function; JAX's cache of traces goes by its identity.
@@ -164,12 +168,9 @@ def analyse(
         )
     avals = [compat.aval_of(leaf) for _, leaf in leaves]
     names = [path for path, _ in leaves]
-    rest = jax.tree.map(compat.aval_of, (inputs, dict(kwargs)))
-    traced = compat.trace(apply, (treedef.unflatten(avals), *rest[0]), rest[1])
-    cached = _CACHE.get(id(traced.body.jaxpr))
-    key = (tuple(names), inline_custom_rules)
-    if cached is not None and cached[0] == key:
-        return cached[1]
+    rest = jax.tree.map(compat.aval_of, flags.fix((inputs, dict(kwargs))))
+    function = flags.taking(apply, rest)
+    traced = compat.trace(function, (treedef.unflatten(avals), *rest[0]), rest[1])
     walk = provenance.Walk([a.shape for a in avals], inline=inline_custom_rules)
     flows = [
         Flow("view", views.whole(i, a.shape), frozenset({i}))
@@ -183,32 +184,32 @@ def analyse(
         {names[leaf]: tuple(uses) for leaf, uses in walk.other_uses.items()},
         flops,
     )
-    analysis = Analysis(traced, table)
-    # The entry holds the jaxpr, so that its id is not given away while it is a key.
-    _CACHE[id(traced.body.jaxpr)] = key, analysis
-    while len(_CACHE) > _CACHE_SIZE:
-        del _CACHE[next(iter(_CACHE))]
-    return analysis
-
-
-_CACHE: dict[int, tuple[Any, Analysis]] = {}
-_CACHE_SIZE = 32
+    return Analysis(traced, table)
 
 
 def _named(sites: list[Site], names: list[str]) -> tuple[Site, ...]:
     """Name sites by leaf, or by kind and ordinal, in program order."""
-    seen: collections.Counter[str] = collections.Counter()
+    leaves = frozenset(names)
+    streams: dict[str, Iterator[str]] = {}
+    taken: set[str] = set()
     named = []
     for site in sites:
         leaf_paths = tuple(names[leaf] for leaf in sorted(site.leaves))
         stem = (
             leaf_paths[0] if site.is_weight else f"{site.kind}:{site.stack}".rstrip(":")
         )
-        count = seen[stem]
-        seen[stem] += 1
-        name = f"{stem}#{count}" if count or not site.is_weight else stem
+        free = streams.setdefault(stem, _candidates(stem, is_path=site.is_weight))
+        name = next(
+            n for n in free if n not in taken and (n not in leaves or n == stem)
+        )
+        taken.add(name)
         named.append(dataclasses.replace(site, name=name, leaf_paths=leaf_paths))
     return tuple(named)
+
+
+def _candidates(stem: str, *, is_path: bool) -> Iterator[str]:
+    """Yield a, a#1, a#2 for a path, and a#0, a#1 for a kind."""
+    return (stem if is_path and not k else f"{stem}#{k}" for k in itertools.count())
 
 
 def _row(site: Site, is_compressed: bool | None) -> tuple[str, ...]:

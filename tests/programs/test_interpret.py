@@ -186,8 +186,8 @@ def test_aux_is_stacked_in_scans_and_merged_in_while_loops():
     runs = {name: np.asarray(value["runs"]).tolist() for name, value in aux.items()}
     assert runs == {
         "scan": [1] * 4,
-        "nested": [5] * 3,  # merged over the loop, stacked over the scan around it
-        "nested#1": [5, 5],  # stacked over the scan inside, merged over the loop
+        "nested": 15,  # merged over the loop, and over a scan that has no layers
+        "nested#1": 10,
         "once": 1,
     }
 

@@ -93,7 +93,9 @@ def test_the_gram_matrix_gives_the_norm_of_the_output(name):
     def is_product(site):
         return site.kind == "weight" and site.reachable
 
-    squares = Handler(norm, select=is_product, initial=lambda site: jnp.float32(0))
+    squares = Handler(
+        norm, select=is_product, initial=lambda site: jnp.float32(0), merge=jnp.add
+    )
     _, expected = rewrite(model.apply, squares)(model.params, *model.inputs)
     if not expected:
         return
@@ -108,7 +110,13 @@ def test_the_gram_matrix_gives_the_norm_of_the_output(name):
         )
         return jnp.zeros(shape.shape, shape.dtype)
 
-    taken = Handler(weights, select=is_product, initial=zeros)
+    # The same in every step of a loop over time, zeros where a branch is not taken.
+    taken = Handler(
+        weights,
+        select=is_product,
+        initial=zeros,
+        merge=lambda a, b: jnp.where(b == 0, a, b),
+    )
     _, matrices = rewrite(model.apply, taken)(model.params, *model.inputs)
     recording = record(
         model.apply,

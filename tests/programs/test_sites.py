@@ -117,7 +117,7 @@ def test_what_is_not_a_site_says_why():
         "added": "used by add",
         "unused": "never used",
         "kernel": "used by custom_linear_solve (opaque)",
-        "penalty": "used by returned",
+        "penalty": "used by the result",
     }
 
 
