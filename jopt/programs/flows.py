@@ -21,12 +21,14 @@ class Flow(NamedTuple):
         leaves: that it depends on, while it depends on nothing else.
         is_chosen: whether the inputs say which elements of the leaves it is, as an
             index does that chooses an expert.
+        parts: where it is views of several leaves joined along an axis, the views.
     """
 
     kind: Literal["constant", "view", "derived", "data"]
     view: View | None = None
     leaves: frozenset[int] = frozenset()
     is_chosen: bool = False
+    parts: tuple[View, ...] = ()
 
     @property
     def is_param(self) -> bool:
@@ -36,20 +38,20 @@ class Flow(NamedTuple):
     def unstacked(self) -> "Flow":
         """Say what one step of a scan sees of a stacked value."""
         if self.view is None:
-            return self
+            return self._replace(parts=())
         view = dataclasses.replace(self.view, dims=self.view.dims[1:])
         return of_view(view, self.leaves, is_chosen=self.is_chosen)
 
     def stacked(self) -> "Flow":
         """Say what is put together again: derived, no view any more."""
         if self.view is None:
-            return self
+            return self._replace(parts=())
         return of_view(None, self.leaves, is_chosen=self.is_chosen)
 
     def resized(self, shape: Sequence[int]) -> "Flow":
         """Say what a device sees of a sharded value."""
         if self.view is None:
-            return self
+            return self._replace(parts=())
         view = views.resize(self.view, shape)
         return of_view(view, self.leaves, is_chosen=self.is_chosen)
 

@@ -49,7 +49,8 @@ def rewrite(
         ValueError: (when called) `apply` is not pure, or the handler returns a result
             of another shape or selects a site inside a `while` loop without a `merge`.
 
-    >>> halved = Handler(lambda use: use.run(weight=use.weight / 2))
+    >>> import jax.numpy as jnp
+    >>> halved = Handler(lambda use: use.run(weight=to_array(use.weight) / 2))
     >>> apply = lambda params, x: x @ params["w"]
     >>> rewrite(apply, halved)({"w": jnp.eye(2)}, jnp.ones((1, 2)))
     Array([[0.5, 0.5]], dtype=float32)

@@ -157,7 +157,7 @@ class Site:
         eqn: the equation of the traced program.
         operand: which operand the leaf is, 0 or 1.
         view: how the operand looks at the leaf; None if it is not one leaf.
-        rank: the number of axes of the leaf.
+        parts: of an operand that is several leaves joined, how it looks at each.
         leaves: positions of the leaves, in the order of `jax.tree.leaves`.
         around: the scans and `shard_map`s around it, outermost first.
         guards: the branches and `while` loops around it.
@@ -171,7 +171,7 @@ class Site:
     eqn: Any = dataclasses.field(repr=False)
     operand: int
     view: View | None
-    rank: int
+    parts: tuple[View, ...]
     leaves: frozenset[int]
     around: tuple[Around, ...]
     guards: tuple[str, ...]
@@ -230,7 +230,15 @@ class Site:
         """
         if self.view is None:
             return {}
-        return _leaf_roles(self.view, self.operand_roles[self.operand], self.rank)
+        return _leaf_roles(self.view, self.operand_roles[self.operand])
+
+    @property
+    def roles_by_path(self) -> dict[str, dict[int, str]]:
+        """The roles of the axes of every leaf that the operand is, whole or joined."""
+        paths = dict(zip(sorted(self.leaves), self.leaf_paths, strict=True))
+        views = self.parts if self.view is None else (self.view,)
+        roles = self.operand_roles[self.operand]
+        return {paths[view.leaf]: _leaf_roles(view, roles) for view in views}
 
     @property
     def _operation(self) -> Operation:
@@ -252,9 +260,9 @@ class Site:
         return self.leaf_paths[0] if self.is_weight else ""
 
 
-def _leaf_roles(view: View, roles: Sequence[str], rank: int) -> dict[int, str]:
+def _leaf_roles(view: View, roles: Sequence[str]) -> dict[int, str]:
     """Turn the roles of an operand's axes into those of the leaf's."""
-    found: dict[int, set[str]] = {axis: set() for axis in range(rank)}
+    found: dict[int, set[str]] = {axis: set() for axis in range(view.rank)}
     for axes, role in zip(views.axes_of(view), roles, strict=True):
         for axis in axes:
             found[axis].add(role)

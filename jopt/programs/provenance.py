@@ -120,7 +120,8 @@ class Walk:
                 self._note(eqn, flows, place.enter(i))
                 return [DATA]
         if all(flow.kind != "data" for flow in flows):
-            return [Flow("derived", None, leaves, is_chosen)] * len(eqn.outvars)
+            parts = _joined(name, flows)
+            return [Flow("derived", None, leaves, is_chosen, parts)] * len(eqn.outvars)
         is_opaque = primitives.is_opaque(name, holds_bodies=compat.holds_bodies(eqn))
         self._use(name + " (opaque)" * is_opaque, [flows[i] for i in params])
         return [DATA] * len(eqn.outvars)
@@ -173,7 +174,7 @@ class Walk:
             eqn=eqn,
             operand=operand,
             view=view,
-            rank=0 if view is None else len(self._shapes[view.leaf]),
+            parts=pair[operand].parts,
             leaves=pair[operand].leaves,
             around=place.around,
             guards=place.guards,
@@ -344,6 +345,15 @@ def _with_indexed_layers(site: Site, shape: tuple[int, ...]) -> tuple[Around, ..
 
 
 _LOOKUPS = ("gather", "dynamic_slice")
+
+
+def _joined(name: str, flows: Sequence[Flow]) -> tuple[View, ...]:
+    """The views that a concatenation, perhaps cast afterwards, is made of."""
+    if name == "concatenate":
+        return tuple(flow.view for flow in flows if flow.view is not None) * all(
+            flow.view is not None for flow in flows
+        )
+    return flows[0].parts if name in views.SAME and len(flows) == 1 else ()
 
 
 def _num_axes(view: View | None) -> int:

@@ -64,13 +64,16 @@ class SiteTable:
 
     @property
     def derived(self) -> tuple[str, ...]:
-        """The sites that consume a value computed from leaves: A @ B, weight norm."""
+        """The sites that consume a value computed from leaves: A @ B, weight norm.
+
+        Leaves that are merely joined, as the gates of an LSTM, count as covered.
+        """
         return tuple(s.name for s in self.sites if s.kind == "derived")
 
     @property
     def uncovered(self) -> dict[str, str]:
         """The leaves that no reachable site consumes, and what becomes of them."""
-        covered = {s.path for s in self.sites if s.is_weight and s.reachable}
+        covered = {p for s in self.sites if s.reachable for p in s.roles_by_path}
         return {path: self._reason(path) for path in self.leaves if path not in covered}
 
     @property

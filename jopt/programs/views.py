@@ -26,13 +26,11 @@ class Atom:
         axis: of the leaf, or `REPEATED`.
         size: the number of steps.
         stride: between two of them, in elements of the leaf's axis.
-        start: the leaf's index of the first one; None where only the run knows it.
     """
 
     axis: int
     size: int
     stride: int = 1
-    start: int | None = 0
 
 
 Dims = tuple[tuple[Atom, ...], ...]
@@ -44,14 +42,14 @@ class View:
 
     Attributes:
         leaf: its position in `jax.tree.leaves(params)`.
+        rank: the number of axes of the leaf.
         dims: the atoms of each axis of the value, major to minor; an axis of size one
             that the leaf does not have is `()`.
-        exact: whether every element is an element of the leaf, unscaled.
     """
 
     leaf: int
+    rank: int
     dims: Dims
-    exact: bool = True
 
 
 def whole(leaf: int, shape: Sequence[int]) -> View:
@@ -65,9 +63,10 @@ def whole(leaf: int, shape: Sequence[int]) -> View:
         The view with one atom per axis.
 
     >>> whole(0, (3,)).dims
-    ((Atom(axis=0, size=3, stride=1, start=0),),)
+    ((Atom(axis=0, size=3, stride=1),),)
     """
-    return View(leaf, tuple((Atom(axis, size),) for axis, size in enumerate(shape)))
+    dims = tuple((Atom(axis, size),) for axis, size in enumerate(shape))
+    return View(leaf, len(shape), dims)
 
 
 def axes_of(view: View) -> list[set[int]]:
@@ -111,9 +110,7 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
                 dim.append(
                     dataclasses.replace(atom, size=size, stride=atom.stride * inner)
                 )
-                # The outer part says where the run starts.
-                start = 0 if atom.start is not None else None
-                atoms.insert(0, dataclasses.replace(atom, size=inner, start=start))
+                atoms.insert(0, dataclasses.replace(atom, size=inner))
                 size = 1
             else:
                 return None
@@ -121,16 +118,13 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     return dataclasses.replace(view, dims=tuple(dims)) if not atoms else None
 
 
-def take(
-    view: View, axis: int, start: int | None, size: int, step: int = 1
-) -> View | None:
+def take(view: View, axis: int, size: int, step: int = 1) -> View | None:
     """Slice one axis.
 
     Args:
         view: what is sliced.
         axis: of the value.
-        start: the first element, None if only the run knows it.
-        size: the number of elements.
+        size: the number of elements that are left.
         step: between them.
 
     Returns:
@@ -140,14 +134,11 @@ def take(
     if size == math.prod(a.size for a in dim):
         return view
     if size == 1 and len(dim) != 1:
-        return _with_dim(dataclasses.replace(view, exact=False), axis, ())
+        return _with_dim(view, axis, ())
     if len(dim) != 1:
         return None
     (atom,) = dim
-    first = None
-    if start is not None and atom.start is not None:
-        first = atom.start + start * atom.stride
-    atom = dataclasses.replace(atom, size=size, start=first, stride=atom.stride * step)
+    atom = dataclasses.replace(atom, size=size, stride=atom.stride * step)
     return _with_dim(view, axis, (atom,))
 
 
@@ -172,9 +163,7 @@ def resize(view: View, shape: Sequence[int]) -> View | None:
             major, *minor = dim
             if major.size * size % old:
                 return None
-            major = dataclasses.replace(
-                major, size=major.size * size // old, start=None
-            )
+            major = dataclasses.replace(major, size=major.size * size // old)
             dims.append((major, *minor))
     return dataclasses.replace(view, dims=tuple(dims))
 
@@ -185,10 +174,7 @@ def _merge(dim: Sequence[Atom]) -> tuple[Atom, ...]:
     for atom in dim:
         last = merged[-1] if merged else None
         if last and last.axis == atom.axis and last.stride == atom.size * atom.stride:
-            start = None
-            if last.start is not None and atom.start is not None:
-                start = last.start + atom.start
-            merged[-1] = Atom(atom.axis, last.size * atom.size, atom.stride, start)
+            merged[-1] = Atom(atom.axis, last.size * atom.size, atom.stride)
         else:
             merged.append(atom)
     return tuple(merged)
@@ -264,7 +250,7 @@ def _slice(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
     for axis, size in enumerate(eqn.outvars[0].aval.shape):
         untouched = size == _size(eqn, axis) and limits[axis] - starts[axis] == size
         if result is not None and not untouched:
-            result = take(result, axis, starts[axis], size, steps[axis])
+            result = take(result, axis, size, steps[axis])
     return [result]
 
 
@@ -272,16 +258,12 @@ def _dynamic_slice(eqn: Any, view: View, others: Sequence[bool]) -> list[View | 
     result: View | None = view
     for axis, size in enumerate(eqn.params["slice_sizes"]):
         if result is not None and size != _size(eqn, axis):
-            result = take(result, axis, None, size)
+            result = take(result, axis, size)
     return [result]
 
 
 def _split(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    axis, results, start = eqn.params["axis"], [], 0
-    for size in eqn.params["sizes"]:
-        results.append(take(view, axis, start, int(size)))
-        start += int(size)
-    return results
+    return [take(view, eqn.params["axis"], int(size)) for size in eqn.params["sizes"]]
 
 
 def _unstack(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
@@ -298,7 +280,7 @@ def _gather(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
     result: View | None = view
     for axis, size in enumerate(sizes):
         if result is not None and size != _size(eqn, axis):
-            result = take(result, axis, None, size)
+            result = take(result, axis, size)
     if result is None:
         return [None]
     kept = [
@@ -316,11 +298,11 @@ def _scaled(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
     """Scaling by a constant number keeps every role; by anything else it does not."""
     if eqn.outvars[0].aval.shape != _shape_of(view) or not all(others):
         return [None]
-    return [dataclasses.replace(view, exact=False)]
+    return [view]
 
 
-def _inexact(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    return [dataclasses.replace(view, exact=False)]
+def _same(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
+    return [view]
 
 
 def _concatenate(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
@@ -374,9 +356,9 @@ RULES: dict[str, Rule] = {
     "expand_dims": _reshape,
     "gather": _gather,
     "mul": _scaled,
-    "neg": _inexact,
+    "neg": _same,
     "reshape": _reshape,
-    "rev": _inexact,
+    "rev": _same,
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,

@@ -147,3 +147,22 @@ def test_nested_loops_are_walked_once_for_what_flows_in():
     params, x = draw({"w": (2, 2)}), jnp.ones((1, 2))
     table = jopt.sites(lambda p, x: nest(14, p, x), params, x)
     assert [site.runs for site in table] == [2**14]
+
+
+def test_leaves_that_are_joined_are_followed_each():
+    """As an LSTM joins its gates, and attention its projections."""
+    params = draw({"q": (4, 3), "k": (4, 5), "deep": (2, 4, 3), "v": (4, 2)})
+
+    def apply(params, x):
+        both = jnp.concatenate([params["q"], params["k"]], axis=1)
+        mixed = jnp.concatenate([params["deep"][1], params["v"]], axis=1)
+        return x @ both.astype(jnp.bfloat16), (x @ mixed) @ jnp.sin(mixed).T
+
+    table = jopt.sites(apply, params, jnp.ones((2, 4)))
+    assert table.names == () and len(table.derived) == 3
+    assert table.uncovered == {}
+    found = [site.roles_by_path for site in table]
+    assert found[0] == dict.fromkeys("qk", {0: "in", 1: "out"})
+    stacked = {0: "stacked", 1: "in", 2: "out"}
+    assert found[1] == {"deep": stacked, "v": {0: "in", 1: "out"}}
+    assert found[2] == {}
