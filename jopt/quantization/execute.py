@@ -5,9 +5,11 @@
 
 The results are those of the function that `fake_quantize` returns: with scales that are
 powers of two bit for bit, as long as sums of codes stay below 2^24, where float32 is
-exact, and to the rounding of one float32 product elsewhere.
+exact, and to the rounding of one float32 product elsewhere. So are the gradients: codes
+have none, so the derivative is that of the product of floats that they stand for.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +33,7 @@ from jopt.quantization.operands import (
     static_spec,
 )
 from jopt.quantization.roles import operand_spec
-from jopt.trees.calibration import Calibration
+from jopt.trees.calibration import Calibration, Pair
 
 
 def execute(
@@ -88,25 +90,57 @@ def execute(
     return functools.wraps(apply)(executed) if hasattr(apply, "__name__") else executed
 
 
-def _compute(
-    use: Use, specs: tuple[QuantSpec | None, QuantSpec | None] | None
-) -> jax.Array:
-    """Multiply codes if both operands have some, else rounded floats."""
+def _compute(use: Use, specs: Pair | None) -> jax.Array:
+    """Multiply codes if both operands have some, else rounded floats.
+
+    What differs from call to call are arguments of both ways to compute, so that their
+    derivatives know of it.
+    """
     if specs is None:
         return use.run()
+    given = use.operands, use.value
+    if jax.eval_shape(functools.partial(_codes, use, specs), *given) is None:
+        return _floats(use, specs, *given)
+    return _straight_through(
+        functools.partial(_codes, use, specs), functools.partial(_floats, use, specs)
+    )(*given)
+
+
+def _codes(use: Use, specs: Pair, operands: Any, value: Any) -> jax.Array | None:
+    """Multiply codes, where both operands have some and allow it."""
+    use = dataclasses.replace(use, operands=operands, value=value)
     both = [_factor(use, i, spec) for i, spec in enumerate(specs)]
     result = None
     if all(isinstance(f, products.Factor) for f in both):
         result = products.multiply(use.site, both)
     elif all(isinstance(f, QuantizedArray) for f in both):
         result = microscaled.microscaled_dot(use.site, tuple(both))
-    if result is not None:
-        return result
-    operands = list(use.operands)
-    for i, spec in enumerate(specs):
-        if spec is not None and is_float(operands[i]):
-            operands[i] = round_operand(use, i, spec)
-    return use.default(*operands)
+    return None if result is None else result.astype(use.site.out_shape.dtype)
+
+
+def _floats(use: Use, specs: Pair, operands: Any, value: Any) -> jax.Array:
+    """Multiply rounded floats, as `fake_quantize` does."""
+    use = dataclasses.replace(use, operands=operands, value=value)
+    rounded = [
+        x if spec is None or not is_float(x) else round_operand(use, i, spec)
+        for i, (x, spec) in enumerate(zip(operands, specs, strict=True))
+    ]
+    return use.default(*rounded)
+
+
+def _straight_through(
+    function: Callable[..., Any], surrogate: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """Return a function with the derivative of another one, of the same arguments."""
+    straight = jax.custom_jvp(function)
+
+    def rule(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        # Decoded weights are computed again on the way back, not kept until then.
+        _, tangent = jax.jvp(jax.checkpoint(surrogate), primals, tangents)
+        return straight(*primals), tangent
+
+    straight.defjvp(rule)
+    return straight
 
 
 def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
