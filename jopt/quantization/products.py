@@ -137,7 +137,8 @@ def multiply(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
         pair: both operands.
 
     Returns:
-        The float32 result; None where scales or zero points do not allow it.
+        The float32 result; None where scales or zero points do not allow it, or where a
+        sum of so many codes may not fit 32 bits.
     """
     if len({factor.codes.dtype == jnp.int8 for factor in pair}) > 1:
         return None
@@ -147,6 +148,17 @@ def multiply(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
     if site.primitive == "conv_general_dilated":
         return _conv(site, pair)
     return None
+
+
+def _fits(pair: Sequence[Factor], count: int) -> bool:
+    """Tell whether sums of so many terms fit an int32.
+
+    Before zero points are subtracted they need not: integers wrap, and wrap back.
+    """
+    if pair[0].codes.dtype != jnp.int8:
+        return True
+    largest = [128 if f.zero_point is None else 255 for f in pair]
+    return count * math.prod(largest) < 2**31
 
 
 def _dot(
@@ -164,6 +176,9 @@ def _dot(
         if f.scale.shape[axis] > 1
     }
     if not groups:
+        count = math.prod(pair[0].codes.shape[a] for a in contracted[0])
+        if not _fits(pair, count):
+            return None
         return _product(contracted, batch, pair, out_sharding)
     sizes = [
         f.codes.shape[a] for f, axes in zip(pair, contracted, strict=True) for a in axes
@@ -281,7 +296,8 @@ def _conv(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
             return None
         if any(n > 1 and a not in axes for a, n in enumerate(f.scale.shape)):
             return None
-    if site.params["batch_group_count"] > 1:
+    count = math.prod(w.codes.shape[a] for a in numbers.rhs_spec[1:])
+    if site.params["batch_group_count"] > 1 or not _fits(pair, count):
         return None
     sums = integer_conv(x.codes, w.codes, **_conv_params(site.params))
     places = numbers.out_spec[0], numbers.out_spec[1]

@@ -144,3 +144,33 @@ def test_convolutions_keep_their_sharding(outputs, out, weights, inputs):
         activations=INT8,
         alone=apply,
     )
+
+
+@pytest.mark.parametrize(
+    "terms, spec, activations",
+    [
+        (150_000, INT8, INT8),
+        (40_000, ZEROS, ZEROS),
+        (80_000, ZEROS, INT8),
+        (150_000, INT4, INT8),  # short sums in integers, added in floats
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_sums_too_long_for_an_int32(terms, spec, activations, rows):
+    params, x = {"w": jnp.ones((terms, 3))}, jnp.ones((rows, terms))
+    packed = jopt.quantize(params, spec, sites=jopt.sites(project, params, x))
+    y = jopt.execute(project, activations=activations)(packed, x)
+    np.testing.assert_allclose(y, terms, rtol=1e-2)
+
+
+def test_windows_too_long_for_an_int32():
+    def apply(params, x):
+        return lax.conv_general_dilated(
+            x, params["w"], (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+
+    params, x = {"w": jnp.ones((3, 50_000, 2))}, jnp.ones((1, 3, 50_000))
+    packed = jopt.quantize(params, INT8, sites=jopt.sites(apply, params, x))
+    y = jopt.execute(apply, activations=INT8)(packed, x)
+    np.testing.assert_allclose(y, 150_000, rtol=1e-2)
