@@ -6,6 +6,8 @@ long as whole groups lie on each, and is brought together otherwise.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +46,8 @@ def num_parts(array: jax.Array, axis: int) -> int:
     if not is_explicit(array):
         return 1
     sharding = jax.typeof(array).sharding
-    names = sharding.spec[axis]
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names if name)
+    names = _names(sharding.spec[axis])
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def split_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
@@ -122,6 +123,85 @@ def spread_like(values: jax.Array, array: jax.Array) -> jax.Array:
     if sharding is None:
         return values
     return _reshard(values, sharding.update(spec=(sharding.spec[0],)))
+
+
+def lay_like(values: jax.Array, array: jax.Array) -> jax.Array:
+    """Split values that broadcast with `array` over the devices as it is split."""
+    sharding = named_sharding(array)
+    if sharding is None or values.ndim != array.ndim:
+        return values
+    pairs = zip(values.shape, sharding.spec, strict=True)
+    spec = tuple(None if size == 1 else names for size, names in pairs)
+    return _reshard(values, sharding.update(spec=spec))
+
+
+def lay_out(array: jax.Array, sharding: Any) -> jax.Array:
+    """Give an array the sharding that was asked for; as it is where that is None."""
+    return array if sharding is None else _reshard(array, sharding)
+
+
+def insert_axis(sharding: Any, place: int, array: jax.Array, axis: int) -> Any:
+    """Return a sharding for one axis more, split as that of an array where it can be.
+
+    Args:
+        sharding: a `NamedSharding`, or None.
+        place: of the new axis.
+        array: which it comes from.
+        axis: of the array.
+
+    Returns:
+        The sharding; None where none was given.
+    """
+    if sharding is None:
+        return None
+    spec = tuple(sharding.spec)
+    names = jax.typeof(array).sharding.spec[axis]
+    names = names if _is_free(names, spec) else None
+    split = (*spec[:place], names, *spec[place:])
+    return sharding.update(spec=split)
+
+
+def align(pair: Sequence[jax.Array], places: Sequence[int]) -> list[jax.Array]:
+    """Split one axis of two arrays over the same devices of an explicit mesh.
+
+    Args:
+        pair: two arrays.
+        places: which axis of each; of one size.
+
+    Returns:
+        The arrays, split there as the one that was, if the other may be too, and
+        otherwise not at all.
+
+    >>> [x.shape for x in align([jnp.ones((2, 3)), jnp.ones((3, 4))], [1, 0])]
+    [(2, 3), (3, 4)]
+    """
+    if not any(map(is_explicit, pair)):
+        return list(pair)
+    specs = [tuple(jax.typeof(x).sharding.spec) for x in pair]
+    lhs, rhs = (spec[place] for spec, place in zip(specs, places, strict=True))
+    others = [
+        names
+        for spec, place in zip(specs, places, strict=True)
+        for names in (*spec[:place], *spec[place + 1 :])
+    ]
+    common = lhs or rhs
+    if (lhs and rhs and lhs != rhs) or not _is_free(common, others):
+        common = None
+    aligned = []
+    for x, spec, place in zip(pair, specs, places, strict=True):
+        spec = (*spec[:place], common, *spec[place + 1 :])
+        aligned.append(_reshard(x, jax.typeof(x).sharding.update(spec=spec)))
+    return aligned
+
+
+def _is_free(part: Any, others: Sequence[Any]) -> bool:
+    """Tell whether no other axis is split by the same mesh axes."""
+    return not set(_names(part)) & {name for other in others for name in _names(other)}
+
+
+def _names(part: Any) -> tuple[Any, ...]:
+    """List the mesh axes that split one axis."""
+    return part if isinstance(part, tuple) else (part,) if part else ()
 
 
 def gather_values(values: jax.Array) -> jax.Array:

@@ -92,10 +92,10 @@ def _reshape(q: Quantized, shape: Sequence[int]) -> Quantized | None:
     blocks = _blocks(q.shape, shape)
     if blocks is None:
         return None
-    if q.order == "nk" and q.ndim >= 2:
-        last = [old for old, _ in blocks if set(old) & {q.ndim - 1, q.ndim - 2}]
-        if any(len(old) > 1 for old in last) or len(shape) != q.ndim:
-            q = _unswapped(q)
+    # Swapped codes stay so only where the last two axes stay the last two.
+    lasts = [([q.ndim - i], [len(shape) - i]) for i in (1, 2)]
+    if q.order == "nk" and any(last not in blocks for last in lasts):
+        q = _unswapped(q)
     sizes: dict[str, list[int]] = {name: [] for name in scales_of(q)}
     codes: list[int] = []
     kept: list[int] = []

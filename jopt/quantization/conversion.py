@@ -5,11 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt.arrays.quantized import Order, quantize_array
+from jopt.arrays.quantized import quantize_array
 from jopt.arrays.ranges import Range, scale_of
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
-from jopt.quantization.roles import leaf_roles
 from jopt.quantization.specs import SpecOrRules, known_specs, resolve_specs
 from jopt.trees import paths, rules
 from jopt.trees.calibration import Calibration
@@ -21,7 +20,6 @@ def quantize(
     spec_or_rules: SpecOrRules | Calibration,
     *,
     sites: SiteTable | None = None,
-    order: Order = "kn",
     scales: Any = None,
     select: rules.Select = None,
     stacked_axes: rules.StackedAxes = None,
@@ -39,9 +37,6 @@ def quantize(
             or are looked up are quantized, and the roles of their axes say where a spec
             with `axis=None` keeps scales (outputs, layers, rows of a table) and along
             what groups run (inputs).
-        order: "nk" to store the codes of leaves that only dot products consume with the
-            outputs first, which makes integer products of one row up to twice as fast,
-            and weight-only ones slower; for a tree it needs `sites`.
         scales: what `jopt.get_scales(state)` returned, to use trained scales; computed
             from the weights when None.
         select: which leaves of a tree are quantized; None for float leaves with at
@@ -69,12 +64,7 @@ def quantize(
                 "spec_or_rules must be a jopt.QuantSpec for a bare array, "
                 f"got {spec_or_rules!r}"
             )
-        return quantize_array(tree, spec_or_rules, scale=scales, order=order)
-    if order != "kn" and (order != "nk" or sites is None):
-        raise ValueError(
-            f"order must be 'kn', or 'nk' together with sites, got {order!r}; pass "
-            "sites=jopt.sites(apply, params, *inputs)"
-        )
+        return quantize_array(tree, spec_or_rules, scale=scales)
     ranges: dict[str, Range] = {}
     if isinstance(spec_or_rules, Calibration):
         ranges = spec_or_rules.weights
@@ -88,7 +78,6 @@ def quantize(
     leaves = treedef.flatten_up_to(tree)
     names = paths.leaf_paths(tree)
     given = [None] * len(leaves) if scales is None else treedef.flatten_up_to(scales)
-    roles = leaf_roles(sites) if order == "nk" and sites is not None else {}
     arrays = []
     for path, leaf, spec, scale in zip(names, leaves, grids, given, strict=True):
         if is_masked_node(spec):
@@ -97,8 +86,7 @@ def quantize(
         if path in ranges:
             scale = scale_of(ranges[path], spec, leaf.ndim)
         scale = None if is_masked_node(scale) else scale
-        stored = roles[path].order if path in roles else "kn"
-        arrays.append(quantize_array(leaf, spec, scale=scale, order=stored, path=path))
+        arrays.append(quantize_array(leaf, spec, scale=scale, path=path))
     return treedef.unflatten(arrays)
 
 

@@ -5,18 +5,23 @@
 
 The results are those of the function that `fake_quantize` returns: with scales that are
 powers of two bit for bit, as long as sums of codes stay below 2^24, where float32 is
-exact, and to the rounding of one float32 product elsewhere.
+exact, and elsewhere to the rounding of one product: in float32 to that of its sums; in
+bfloat16 and float16, where fake-quantized operands are rounded to the dtype and codes
+are not, to four half ulps of sum |x||w|. So are the gradients: codes have none, so the
+derivative is that of the product of floats that they stand for.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jopt.arrays.quantized import QuantizedArray, quantize_array
 from jopt.arrays.ranges import scale_of
-from jopt.arrays.scales import compute_range, compute_scale
+from jopt.arrays.scales import Scale, compute_range, compute_scale, reduce_groups
 from jopt.arrays.specs import QuantSpec
 from jopt.programs import interpret, sites
 from jopt.programs.handlers import Handler, Use
@@ -31,7 +36,7 @@ from jopt.quantization.operands import (
     static_spec,
 )
 from jopt.quantization.roles import operand_spec
-from jopt.trees.calibration import Calibration
+from jopt.trees.calibration import Calibration, Pair
 
 
 def execute(
@@ -50,8 +55,12 @@ def execute(
     Returns:
         `apply'(packed, *inputs)`, whose params may have `QuantizedArray` leaves, as
         `jopt.quantize(params, spec, sites=...)` makes them. Sites where codes cannot be
-        multiplied (formats with a codebook, zero points in convolutions, scales that
-        vary along what is contracted) round their input and multiply floats.
+        multiplied (formats with a codebook, zero points or batch groups in
+        convolutions, scales that vary along what is contracted, sums beyond 32 bits)
+        round their input and multiply floats. Grouped, depthwise and transposed
+        convolutions multiply codes, on CPUs as float32 numbers, exactly, because XLA
+        has no fast integer form of them: the same results, at the speed of floats.
+        Rows (of convolutions: images) that hold NaN give NaN.
 
     Raises:
         ValueError: (when called) a rule or a calibration fits no site.
@@ -88,25 +97,57 @@ def execute(
     return functools.wraps(apply)(executed) if hasattr(apply, "__name__") else executed
 
 
-def _compute(
-    use: Use, specs: tuple[QuantSpec | None, QuantSpec | None] | None
-) -> jax.Array:
-    """Multiply codes if both operands have some, else rounded floats."""
+def _compute(use: Use, specs: Pair | None) -> jax.Array:
+    """Multiply codes if both operands have some, else rounded floats.
+
+    What differs from call to call are arguments of both ways to compute, so that their
+    derivatives know of it.
+    """
     if specs is None:
         return use.run()
+    given = use.operands, use.value
+    if jax.eval_shape(functools.partial(_codes, use, specs), *given) is None:
+        return _floats(use, specs, *given)
+    return _straight_through(
+        functools.partial(_codes, use, specs), functools.partial(_floats, use, specs)
+    )(*given)
+
+
+def _codes(use: Use, specs: Pair, operands: Any, value: Any) -> jax.Array | None:
+    """Multiply codes, where both operands have some and allow it."""
+    use = dataclasses.replace(use, operands=operands, value=value)
     both = [_factor(use, i, spec) for i, spec in enumerate(specs)]
     result = None
     if all(isinstance(f, products.Factor) for f in both):
         result = products.multiply(use.site, both)
     elif all(isinstance(f, QuantizedArray) for f in both):
         result = microscaled.microscaled_dot(use.site, tuple(both))
-    if result is not None:
-        return result
-    operands = list(use.operands)
-    for i, spec in enumerate(specs):
-        if spec is not None and is_float(operands[i]):
-            operands[i] = round_operand(use, i, spec)
-    return use.default(*operands)
+    return None if result is None else result.astype(use.site.out_shape.dtype)
+
+
+def _floats(use: Use, specs: Pair, operands: Any, value: Any) -> jax.Array:
+    """Multiply rounded floats, as `fake_quantize` does."""
+    use = dataclasses.replace(use, operands=operands, value=value)
+    rounded = [
+        x if spec is None or not is_float(x) else round_operand(use, i, spec)
+        for i, (x, spec) in enumerate(zip(operands, specs, strict=True))
+    ]
+    return use.default(*rounded)
+
+
+def _straight_through(
+    function: Callable[..., Any], surrogate: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """Return a function with the derivative of another one, of the same arguments."""
+    straight = jax.custom_jvp(function)
+
+    def rule(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        # Decoded weights are computed again on the way back, not kept until then.
+        _, tangent = jax.jvp(jax.checkpoint(surrogate), primals, tangents)
+        return straight(*primals), tangent
+
+    straight.defjvp(rule)
+    return straight
 
 
 def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
@@ -121,7 +162,10 @@ def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
         spec = static_spec(spec)
         if not products.is_multiplied(spec):
             return None
-        return products.factor(x, scale_of(ends, spec, x.ndim), spec)
+        scale = scale_of(ends, spec, x.ndim)
+        if spec.format.kind == "integer":
+            scale = _with_nan(scale, x, use.site.operand_roles[i])
+        return products.factor(x, scale, spec)
     spec = operand_spec(spec, use.site.operand_roles[i])
     if spec.format.group_size:
         return quantize_array(x, spec, path=f"input of {use.site.name}")
@@ -129,3 +173,14 @@ def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
         return None
     scale = compute_scale(*compute_range(x, spec), spec)
     return products.factor(x, scale, spec)
+
+
+def _with_nan(scale: Scale, x: jax.Array, roles: Sequence[str]) -> Scale:
+    """Give rows with NaN the scale NaN, because integer codes hold none."""
+    shape = tuple(1 if r == "in" else n for n, r in zip(x.shape, roles, strict=True))
+    is_nan = reduce_groups(jnp.isnan(x), shape, _any)
+    return scale._replace(scale=jnp.where(is_nan, jnp.nan, scale.scale))
+
+
+def _any(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.any(x, axis=axis)

@@ -47,7 +47,7 @@ def microscaled_dot(
     names = {q.spec.format.name for q in pair}
     if site.primitive != "dot_general" or len(names) > 1 or not names <= set(_ELEMENTS):
         return None
-    if not compat.has_scaled_matmul():
+    if site.params.get("out_sharding") is not None or not compat.has_scaled_matmul():
         return None
     contracted, batch = site.params["dimension_numbers"]
     if len(contracted[0]) != 1:

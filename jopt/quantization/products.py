@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jopt.arrays.axes import split_axis
+from jopt.arrays.axes import align, insert_axis, lay_like, lay_out, split_axis
 from jopt.arrays.codes import compute_codes
 from jopt.arrays.integer import integer_conv, integer_dot
 from jopt.arrays.packing import unpack_codes
@@ -137,18 +137,33 @@ def multiply(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
         pair: both operands.
 
     Returns:
-        The float32 result; None where scales or zero points do not allow it.
+        The float32 result; None where scales or zero points do not allow it, or where a
+        sum of so many codes may not fit 32 bits.
     """
     if len({factor.codes.dtype == jnp.int8 for factor in pair}) > 1:
         return None
     if site.primitive == "dot_general":
-        return _dot(site.params["dimension_numbers"], pair)
+        params = site.params
+        return _dot(params["dimension_numbers"], pair, params.get("out_sharding"))
     if site.primitive == "conv_general_dilated":
         return _conv(site, pair)
     return None
 
 
-def _dot(dimension_numbers: Any, pair: Sequence[Factor]) -> jax.Array | None:
+def _fits(pair: Sequence[Factor], count: int) -> bool:
+    """Tell whether sums of so many terms fit an int32.
+
+    Before zero points are subtracted they need not: integers wrap, and wrap back.
+    """
+    if pair[0].codes.dtype != jnp.int8:
+        return True
+    largest = [128 if f.zero_point is None else 255 for f in pair]
+    return count * math.prod(largest) < 2**31
+
+
+def _dot(
+    dimension_numbers: Any, pair: Sequence[Factor], out_sharding: Any
+) -> jax.Array | None:
     contracted, batch = dimension_numbers
     sides = [
         _as_stored(f, c, b) for f, c, b in zip(pair, contracted, batch, strict=True)
@@ -161,7 +176,10 @@ def _dot(dimension_numbers: Any, pair: Sequence[Factor]) -> jax.Array | None:
         if f.scale.shape[axis] > 1
     }
     if not groups:
-        return _product(contracted, batch, pair)
+        count = math.prod(pair[0].codes.shape[a] for a in contracted[0])
+        if not _fits(pair, count):
+            return None
+        return _product(contracted, batch, pair, out_sharding)
     sizes = [
         f.codes.shape[a] for f, axes in zip(pair, contracted, strict=True) for a in axes
     ]
@@ -169,16 +187,18 @@ def _dot(dimension_numbers: Any, pair: Sequence[Factor]) -> jax.Array | None:
     if len(groups) > 1 or len(sizes) > 2 or has_zero or groups == set(sizes):
         return None
     (count,) = groups
-    split = [
-        _split(f, axes[0], count) for f, axes in zip(pair, contracted, strict=True)
-    ]
+    places = [axes[0] for axes in contracted]
+    split = [_split(f, axis, count) for f, axis in zip(pair, places, strict=True)]
+    codes = align([f.codes for f in split], places)
+    split = [f._replace(codes=c) for f, c in zip(split, codes, strict=True)]
     moved = [
-        tuple(a + (a > axes[0]) for a in lead) + (axes[0],)
-        for lead, axes in zip(batch, contracted, strict=True)
+        tuple(a + (a > axis) for a in lead) + (axis,)
+        for lead, axis in zip(batch, places, strict=True)
     ]
-    inner = [(axes[0] + 1,) for axes in contracted]
-    parts = _product(inner, moved, split)
-    return jnp.sum(parts, axis=len(batch[0]))
+    lead = len(batch[0])
+    parts_sharding = insert_axis(out_sharding, lead, codes[0], places[0])
+    parts = _product([(axis + 1,) for axis in places], moved, split, parts_sharding)
+    return lay_out(jnp.sum(parts, axis=lead), out_sharding)
 
 
 def _as_stored(f: Factor, contracted: Any, batch: Any) -> tuple[Factor, Any, Any]:
@@ -201,20 +221,26 @@ def _split(f: Factor, axis: int, count: int) -> Factor:
     return Factor(codes, jnp.expand_dims(f.scale, axis + 1))
 
 
-def _product(contracted: Any, batch: Any, pair: Sequence[Factor]) -> jax.Array:
+def _product(
+    contracted: Any, batch: Any, pair: Sequence[Factor], out_sharding: Any
+) -> jax.Array:
     numbers: Any = (tuple(map(tuple, contracted)), tuple(map(tuple, batch)))
     x, w = pair
     layouts = [_Layout(numbers, side, [f.codes.ndim for f in pair]) for side in (0, 1)]
     if x.codes.dtype != jnp.int8:
         total = lax.dot_general(
-            x.codes, w.codes, numbers, preferred_element_type=jnp.float32
+            x.codes,
+            w.codes,
+            numbers,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
         )
     else:
-        sums = integer_dot(x.codes, w.codes, numbers)
+        sums = integer_dot(x.codes, w.codes, numbers, out_sharding)
         sums = _subtract_zero_points(sums, pair, contracted, layouts)
         total = sums.astype(jnp.float32)
     for f, layout in zip(pair, layouts, strict=True):
-        total = total * layout(f.scale)
+        total = total * lay_like(layout(f.scale), total)
     return total
 
 
@@ -222,7 +248,7 @@ def _subtract_zero_points(
     sums: jax.Array, pair: Sequence[Factor], contracted: Any, layouts: Any
 ) -> jax.Array:
     zeros = [
-        None if f.zero_point is None else layout(jnp.asarray(f.zero_point))
+        None if f.zero_point is None else lay_like(layout(f.zero_point), sums)
         for f, layout in zip(pair, layouts, strict=True)
     ]
     for i, zero in enumerate(zeros):
@@ -230,7 +256,7 @@ def _subtract_zero_points(
             continue
         codes, axes = pair[1 - i].codes, tuple(contracted[1 - i])
         others = jnp.sum(codes, axis=axes, keepdims=True, dtype=jnp.int32)
-        sums = sums - zero * layouts[1 - i](others)
+        sums = sums - zero * lay_like(layouts[1 - i](others), sums)
     if zeros[0] is not None and zeros[1] is not None:
         count = math.prod(pair[0].codes.shape[axis] for axis in contracted[0])
         sums = sums + count * zeros[0] * zeros[1]
@@ -256,15 +282,9 @@ class _Layout:
         if values.ndim == 0:
             return values
         values = jnp.transpose(values, (*self._contracted, *self._order))
-        values = values.reshape(values.shape[len(self._contracted) :])
-        own = values.ndim - self._lead
-        shape = (
-            (*values.shape, *[1] * self._others)
-            if self._side == 0
-            else (*values.shape[: self._lead], *[1] * self._others)
-            + values.shape[values.ndim - own :]
-        )
-        return values.reshape(shape)
+        values = jnp.squeeze(values, tuple(range(len(self._contracted))))
+        first = values.ndim if self._side == 0 else self._lead
+        return jnp.expand_dims(values, tuple(range(first, first + self._others)))
 
 
 def _conv(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
@@ -276,7 +296,8 @@ def _conv(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
             return None
         if any(n > 1 and a not in axes for a, n in enumerate(f.scale.shape)):
             return None
-    if site.params["batch_group_count"] > 1:
+    count = math.prod(w.codes.shape[a] for a in numbers.rhs_spec[1:])
+    if site.params["batch_group_count"] > 1 or not _fits(pair, count):
         return None
     sums = integer_conv(x.codes, w.codes, **_conv_params(site.params))
     places = numbers.out_spec[0], numbers.out_spec[1]
@@ -284,7 +305,7 @@ def _conv(site: Site, pair: Sequence[Factor]) -> jax.Array | None:
     for f, place in zip(pair, places, strict=True):
         shape = [1] * total.ndim
         shape[place] = f.scale.size
-        total = total * f.scale.reshape(shape)
+        total = total * lay_like(f.scale.reshape(shape), total)
     return total
 
 
@@ -296,8 +317,9 @@ _CONV_PARAMS = (
     "dimension_numbers",
     "feature_group_count",
     "batch_group_count",
+    "out_sharding",
 )
 
 
 def _conv_params(params: Any) -> dict[str, Any]:
-    return {name: params[name] for name in _CONV_PARAMS}
+    return {name: params.get(name) for name in _CONV_PARAMS}

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jopt.arrays.quantized import Order
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
 
@@ -29,14 +28,11 @@ class LeafRoles(NamedTuple):
         kept: the axes that keep scales of their own where nothing else is said.
         stacked: those that always do, at full length.
         is_matrix: whether it multiplies, or is a table of rows.
-        order: how codes are stored best: "nk" if nothing but dot products contract the
-            axis before the last, and the last is an output.
     """
 
     kept: tuple[int, ...]
     stacked: tuple[int, ...]
     is_matrix: bool
-    order: Order = "kn"
 
 
 def leaf_roles(table: SiteTable) -> dict[str, LeafRoles]:
@@ -65,19 +61,13 @@ def leaf_roles(table: SiteTable) -> dict[str, LeafRoles]:
         if len(kept) == rank:  # a scale per element is no quantization
             kept = stacked
         is_matrix = site.kind == "weight" or rank - len(stacked) >= 2
-        is_dot = site.primitive == "dot_general" and rank >= 2
-        is_nk = is_dot and (site.roles[rank - 2], site.roles[rank - 1]) == ("in", "out")
         if site.path in found:
             before = found[site.path]
             kept &= set(before.kept)
             stacked &= set(before.stacked)
             is_matrix |= before.is_matrix
-            is_nk &= before.order == "nk"
         found[site.path] = LeafRoles(
-            tuple(sorted(kept)),
-            tuple(sorted(stacked)),
-            is_matrix,
-            "nk" if is_nk else "kn",
+            tuple(sorted(kept)), tuple(sorted(stacked)), is_matrix
         )
     return found
 

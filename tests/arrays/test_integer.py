@@ -145,3 +145,33 @@ def test_one_row_becomes_more_and_more_stay(rows, terms, axis, computed):
     assert lines[0].endswith(f"-> tensor<{computed}xi32>")
     want = np.asarray(x, np.int32) @ np.moveaxis(np.asarray(w, np.int32), axis, 0)
     np.testing.assert_array_equal(lowered.compile()(x, w), want)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("outputs, groups", [(4, 1), (32, 1), (8, 2)])
+def test_detours_are_for_cpus(platform, outputs, groups):
+    """Elsewhere a convolution and a row stay what they are, in bytes."""
+    x, w = codes(1, 4, 4, 8), codes(3, 3, 8 // groups, outputs)
+    numbers = lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
+
+    def both(x, w, row, matrix):
+        out = integer_conv(
+            x,
+            w,
+            window_strides=(1, 1),
+            padding=((0, 0), (0, 0)),
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
+            dimension_numbers=numbers,
+            feature_group_count=groups,
+        )
+        return out, integer_dot(row, matrix, (((1,), (0,)), ((), ())))
+
+    args = x, w, codes(1, 1024), codes(1024, 32)
+    text = jax.jit(both).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    plain = f"xi8>, tensor<3x3x{8 // groups}x{outputs}xi8>) -> tensor<1x2x2x{outputs}xi"
+    is_detour = platform == "cpu"
+    assert (plain not in text) == (is_detour and outputs != 32)
+    assert ("tensor<1024x32xi8>) -> tensor<1x32xi32>" not in text) == is_detour
+    if not is_detour:
+        assert "xf32>" not in text
