@@ -53,7 +53,8 @@ class CompressedArray(abc.ABC):
         Args:
             primitive: the name of an operation that only moves, slices or casts.
             params: its parameters.
-            operands: the other operands, such as the start of a slice.
+            operands: the other operands, such as the start of a slice; compressed ones
+                among them where several are joined.
 
         Returns:
             The view, compressed, such that its `to_array` has the very numbers of the

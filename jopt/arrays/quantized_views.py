@@ -40,7 +40,8 @@ def view(
         q: the array.
         primitive: the name of the operation in JAX.
         params: its parameters.
-        operands: the other operands, such as the starts of a slice.
+        operands: the other operands, such as the starts of a slice, arrays or
+            compressed ones.
 
     Returns:
         The quantized view, a tuple of them for operations with several results, or
@@ -306,6 +307,38 @@ def _broadcast(q: Quantized, params: Mapping[str, Any], operands: Any) -> Any:
     return _reshape(q, shape) if list(dims) == sorted(dims) else None
 
 
+def _concatenate(
+    q: Quantized, params: Mapping[str, Any], operands: Sequence[Any]
+) -> Quantized | None:
+    """Join arrays of one grid along an axis where every index has scales of its own."""
+    axis, parts = params["dimension"], [q, *operands]
+    if not all(_is_alike(q, part) for part in parts) or is_packed(q, axis):
+        return None
+    columns = {name: [scales_of(p)[name] for p in parts] for name in scales_of(q)}
+    for column in columns.values():
+        if any(
+            s.shape[axis] != p.shape[axis] for s, p in zip(column, parts, strict=True)
+        ):
+            return None
+    scales = {name: jnp.concatenate(column, axis) for name, column in columns.items()}
+    codes = jnp.concatenate([part.codes for part in parts], stored_place(q, axis))
+    return dataclasses.replace(q, codes=codes, **scales)
+
+
+def _is_alike(q: Quantized, part: Any) -> bool:
+    """Tell whether codes of two arrays mean the same and lie the same way."""
+
+    def form(a: Quantized) -> Any:
+        spec = _with_axes(a.spec, _kept(a), a.ndim)
+        dtypes = {name: scale.dtype for name, scale in scales_of(a).items()}
+        return spec, a.dtype, a.codes.dtype, a.packed_axis, a.order, dtypes
+
+    if type(part) is not type(q) or part.ndim != q.ndim:
+        return False
+    is_plain = part.permutation is None and part.input_scale is None
+    return is_plain and form(part) == form(q)
+
+
 def _same(q: Quantized, params: Any, operands: Any) -> Quantized:
     return q
 
@@ -314,6 +347,7 @@ _RULES: dict[str, Callable[[Quantized, Mapping[str, Any], Sequence[Any]], Any]] 
     "all_gather": quantized_shards.all_gather,
     "pvary": quantized_shards.vary,
     "broadcast_in_dim": _broadcast,
+    "concatenate": _concatenate,
     "convert_element_type": _convert,
     "copy": _same,
     "copy_p": _same,

@@ -355,7 +355,7 @@ def _partition(values: Aux, names: set[str]) -> tuple[Aux, Aux]:
 def _view(eqn: Any, operands: Values) -> Any:
     """Let a compressed operand take a view of itself."""
     first, *rest = operands
-    if not is_compressed(first) or any(map(is_compressed, rest)):
+    if not is_compressed(first):
         return None
     return first.after(eqn.primitive.name, eqn.params, rest)
 

@@ -77,7 +77,7 @@ def execute(
     Array([[16131.]], dtype=float32)
     """
 
-    @jax.jit
+    @interpret.compiled_if_eager
     def run(params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         analysis = sites.analyse(apply, params, inputs, kwargs)
         pairs = site_specs(activations, analysis.table)

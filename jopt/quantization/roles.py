@@ -12,7 +12,7 @@ that is looked up and multiplied by, [index, out] and [out, in], has one per row
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jopt.arrays.specs import QuantSpec
@@ -53,23 +53,31 @@ def leaf_roles(table: SiteTable) -> dict[str, LeafRoles]:
     """
     found: dict[str, LeafRoles] = {}
     for site in table:
-        if not site.is_weight:
-            continue
-        rank = len(table.leaves[site.path].shape)
-        stacked = {a for a, role in site.roles.items() if role == "stacked"}
-        kept = {a for a, role in site.roles.items() if role in _KEPT[site.kind]}
-        if len(kept) == rank:  # a scale per element is no quantization
-            kept = stacked
-        is_matrix = site.kind == "weight" or rank - len(stacked) >= 2
-        if site.path in found:
-            before = found[site.path]
-            kept &= set(before.kept)
-            stacked &= set(before.stacked)
-            is_matrix |= before.is_matrix
-        found[site.path] = LeafRoles(
-            tuple(sorted(kept)), tuple(sorted(stacked)), is_matrix
-        )
+        for path, by_axis in site.roles_by_path.items():
+            roles = _roles_at(site.kind, by_axis)
+            found[path] = _both(found[path], roles) if path in found else roles
     return found
+
+
+def _roles_at(kind: str, by_axis: Mapping[int, str]) -> LeafRoles:
+    """Say what one site asks of a leaf's scales."""
+    kept_roles = _KEPT["gather" if kind == "gather" else "weight"]
+    stacked = tuple(a for a, role in by_axis.items() if role == "stacked")
+    kept = tuple(a for a, role in by_axis.items() if role in kept_roles)
+    if len(kept) == len(by_axis):  # a scale per element is no quantization
+        kept = stacked
+    return LeafRoles(
+        kept, stacked, kind != "gather" or len(by_axis) - len(stacked) >= 2
+    )
+
+
+def _both(a: LeafRoles, b: LeafRoles) -> LeafRoles:
+    """Keep scales where two sites of one leaf allow them."""
+    return LeafRoles(
+        tuple(sorted({*a.kept} & {*b.kept})),
+        tuple(sorted({*a.stacked} & {*b.stacked})),
+        a.is_matrix or b.is_matrix,
+    )
 
 
 def leaf_spec(spec: QuantSpec, ndim: int, roles: LeafRoles) -> QuantSpec:

@@ -162,7 +162,7 @@ def test_leaves_that_are_joined_are_followed_each():
     assert table.names == () and len(table.derived) == 3
     assert table.uncovered == {}
     found = [site.roles_by_path for site in table]
-    assert found[0] == dict.fromkeys("qk", {0: "in", 1: "out"})
+    assert found[0] == {key: {0: "in", 1: "out"} for key in "qk"}
     stacked = {0: "stacked", 1: "in", 2: "out"}
     assert found[1] == {"deep": stacked, "v": {0: "in", 1: "out"}}
     assert found[2] == {}

@@ -299,3 +299,42 @@ def test_narrow_floats_are_rounded_where_codes_are_not(dtype, unit, rows, terms)
     size = jnp.abs(x.astype(jnp.float32)) @ jnp.abs(params["w"].astype(jnp.float32))
     error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)) / size
     assert unit / 64 < float(error.max()) < 4 * unit
+
+
+def gates(params, xs):
+    """An LSTM that joins the kernels of its gates, as Flax's does."""
+
+    def step(carry, x):
+        c, h = carry
+        both = [
+            jnp.concatenate([params[side][g] for g in "ifgo"], axis=-1)
+            for side in ("input", "hidden")
+        ]
+        i, f, g, o = jnp.split(x @ both[0] + h @ both[1], 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return (c, jax.nn.sigmoid(o) * jnp.tanh(c)), h
+
+    start = jnp.zeros((xs.shape[1], 8))
+    return lax.scan(step, (start, start), xs)[1]
+
+
+@pytest.mark.parametrize("format", [FORMATS.int8, FORMATS.int4, FORMATS.nf4])
+def test_joined_leaves_are_quantized_each_and_multiplied_together(format):
+    params = {
+        "input": {g: normal(4, 8) for g in "ifgo"},
+        "hidden": {g: normal(8, 8) for g in "ifgo"},
+    }
+    xs, spec = normal(5, 2, 4), jopt.QuantSpec(format)
+    table = jopt.sites(gates, params, xs)
+    packed = jopt.quantize(params, spec, sites=table)
+    leaves = jax.tree.leaves(
+        packed, is_leaf=lambda n: isinstance(n, jopt.QuantizedArray)
+    )
+    assert all(q.scale.shape == (1, 8) for q in leaves)
+    want = jax.jit(gates)(jopt.dequantize(packed), xs)
+    np.testing.assert_array_equal(jopt.execute(gates)(packed, xs), want)
+    np.testing.assert_array_equal(jopt.fake_quantize(gates, spec)(params, xs), want)
+    run = jopt.execute(gates, activations=INT8)
+    qat = jopt.fake_quantize(gates, spec, activations=INT8)
+    np.testing.assert_allclose(run(packed, xs), qat(params, xs), atol=1e-5)
+    assert int_products(run, packed, xs) == (0 if format == FORMATS.nf4 else 2)
