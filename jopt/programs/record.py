@@ -126,6 +126,12 @@ def record(
             step = update
             for _ in range(ranks[name]):
                 step = jax.vmap(step)
+            if _signature(now[name]) != _signature(before):
+                raise ValueError(
+                    "batches must give statistics of one shape, got "
+                    f"{_signature(now[name])} after {_signature(before)} at {name!r}; "
+                    "leave out batches of another size, or keep no range per index"
+                )
             after = step(before, now[name])
             # What is neutral in `merge` need not be so in `update`.
             values[name] = jax.tree.map(
