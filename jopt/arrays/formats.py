@@ -5,8 +5,9 @@ of a level, and a scale says how large a level is:
 
     w ~ level(code) * scale                       (minus a zero point where asymmetric)
 
-Integer formats have the levels -2^(b-1) ... 2^(b-1) - 1 (unsigned 0 ... 2^b - 1), float
-formats those of a sign, an exponent and a mantissa, codebooks any table. The
+Integer formats have the levels -2^(b-1) ... 2^(b-1) - 1 (unsigned 0 ... 2^b - 1), of
+which symmetric specs leave the lowest unused: int8 then has -127 ... 127. Float
+formats have those of a sign, an exponent and a mantissa, codebooks any table. The
 microscaling formats fix, beside the levels, how many elements share a scale and which
 numbers a scale may be.
 

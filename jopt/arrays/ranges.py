@@ -11,12 +11,18 @@ The gradients of the ends are those of LSQ (Esser et al., arXiv:1902.08153) or o
 
 LSQ multiplies its gradient by levels^2 / sqrt(features * levels), which is its own
 1 / sqrt(features * levels) for a step of the scale.
+
+A step of an optimizer may carry an end through zero, where there is no scale. So the
+ends that count are max(|high|, 2^-126) and -|low|: beyond zero a range is mirrored, its
+gradient with it, and what has become as small as can be clips all numbers and grows
+again as soon as the loss asks for it.
 """
 
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jopt.arrays.quantized import fake_quantize
@@ -25,6 +31,8 @@ from jopt.arrays.specs import QuantSpec
 from jopt.arrays.straight_through import straight_through
 
 Rule = Literal["learned", "pact"]
+
+_TINY = np.finfo(np.float32).tiny
 
 
 class Range(NamedTuple):
@@ -43,13 +51,14 @@ def scale_of(ends: Range, spec: QuantSpec, ndim: int) -> Scale:
     """Compute the scales that a range asks for.
 
     Args:
-        ends: of the range.
+        ends: of the range, of any sign: their magnitudes count.
         spec: the format.
         ndim: of the array that is quantized.
 
     Returns:
         The scales, with `ndim` axes.
     """
+    ends = _around_zero(ends)
     low = -ends.high if ends.low is None else ends.low
     scale = compute_scale(low, ends.high, spec)
     if scale.scale.ndim == ndim:
@@ -79,16 +88,28 @@ def learned_fake_quantize(
     if rule == "learned":
         weight = levels**2 / jnp.sqrt(num_features * levels)
         ends = jax.tree.map(lambda end: _scaled_gradient(end, weight), ends)
+    ends = _around_zero(ends)
     high = _like(ends.high, wide)
     low = -high if ends.low is None else _like(ends.low, wide)
     span = high if ends.low is None else high - low
+    above, below = wide > high, wide < low
     inside = wide
     if rule == "learned":
         error = value.astype(jnp.float32) - wide
-        residual = lax.stop_gradient(error / jnp.where(span == 0, 1.0, span))
-        inside = wide + residual * span
-    surrogate = jnp.where(wide > high, high, jnp.where(wide < low, low, inside))
+        # Outside, where it is not used, it may overflow, and 0 * inf is a NaN.
+        residual = jnp.where(above | below, 0.0, error / span)
+        inside = wide + lax.stop_gradient(residual) * span
+    surrogate = jnp.where(above, high, jnp.where(below, low, inside))
     return straight_through(value, surrogate.astype(x.dtype))
+
+
+def _around_zero(ends: Range) -> Range:
+    """Return ends on both sides of zero, whose gradients are nowhere zero."""
+    # |x| has no gradient at zero, nor a maximum below its floor.
+    mirrored = jnp.where(ends.high < 0, -ends.high, ends.high)
+    high = straight_through(jnp.maximum(mirrored, _TINY), mirrored)
+    low = None if ends.low is None else jnp.where(ends.low > 0, -ends.low, ends.low)
+    return Range(high, low)
 
 
 def _scaled_gradient(x: jax.Array, weight: jax.Array) -> jax.Array:

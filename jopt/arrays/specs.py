@@ -33,8 +33,9 @@ class QuantSpec:
             the last where `axis` is None (along the only axis of a vector), else along
             the last axis that is not in `axis`. Every other axis then keeps scales of
             its own. None: no groups. Microscaling formats bring their own.
-        symmetric: whether zero is in the middle of the range; unsigned formats need
-            False, codebook and float formats True.
+        symmetric: whether zero is in the middle of the range. Integer formats then have
+            the levels -(2^(b-1) - 1) ... 2^(b-1) - 1, one less than codes, and no zero
+            point. Unsigned formats need False, codebook and float formats True.
         scale_dtype: bfloat16 or float32; microscaling formats bring their own.
 
     Raises:

@@ -4,15 +4,22 @@
 
 for every operation that multiplies: `dot_general` with any dimension numbers,
 convolutions, whose columns are windows, and `ragged_dot`, whose batch are the groups.
+
+On an explicit mesh rows and columns of dot products stay split as the axes that they
+are made of, and the rows of a convolution as its images.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jopt.arrays.axes import named_sharding
 from jopt.programs.handlers import Use, to_array
 
 
@@ -54,6 +61,13 @@ def _dot(use: Use, x: jax.Array) -> jax.Array:
 
 
 def _conv(use: Use, x: jax.Array) -> jax.Array:
+    images = use.site.params["dimension_numbers"].lhs_spec[0]
+    is_grouped = use.site.params["batch_group_count"] > 1
+    split = [[], [] if is_grouped else [images], []]
+    return _placed(functools.partial(_windows, use), x, split)
+
+
+def _windows(use: Use, x: jax.Array) -> jax.Array:
     params = use.site.params
     numbers = params["dimension_numbers"]
     kernel = to_array(use.weight).shape
@@ -90,7 +104,7 @@ def _ragged(use: Use, x: jax.Array) -> jax.Array:
             "a ragged product needs ragged rows and no batch dimension for a matrix of "
             f"inputs, got {numbers} at site {use.site.name!r}; leave it out with select"
         )
-    rows = _arranged(jnp.moveaxis(x, ragged, 0), [], [_after(ragged, contracted[0][0])])
+    rows = _arranged(x, [], [contracted[0][0]], first=ragged)
     sizes = jnp.asarray(use.rest[0])
     ends = jnp.cumsum(sizes)[:, None]
     place = jnp.arange(rows.shape[1])[None, :]
@@ -98,12 +112,37 @@ def _ragged(use: Use, x: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], rows, 0.0)
 
 
-def _after(moved: int, axis: int) -> int:
-    """Where an axis is once another one has been moved to the front."""
-    return axis if axis > moved else axis + 1
-
-
-def _arranged(x: Any, batch: list[int], columns: list[int]) -> jax.Array:
+def _arranged(
+    x: Any, batch: list[int], columns: list[int], *, first: int | None = None
+) -> jax.Array:
+    """Merge axes: those of the batch, all others but the columns, and the columns."""
     rows = [axis for axis in range(x.ndim) if axis not in (*batch, *columns)]
-    shape = [math.prod(x.shape[a] for a in axes) for axes in (batch, rows, columns)]
-    return jnp.transpose(x, (*batch, *rows, *columns)).reshape(shape)
+    rows.sort(key=lambda axis: axis != first)
+    merged = (batch, rows, columns)
+    shape = [math.prod(x.shape[a] for a in axes) for axes in merged]
+
+    def arrange(x: Any) -> jax.Array:
+        return jnp.transpose(x, (*batch, *rows, *columns)).reshape(shape)
+
+    return _placed(arrange, x, merged)
+
+
+def _placed(
+    arrange: Callable[[Any], jax.Array], x: Any, merged: Sequence[Sequence[int]]
+) -> jax.Array:
+    """Split each axis of a result over the devices that the merged axes lie on."""
+    sharding = named_sharding(x)
+    if sharding is None:
+        return arrange(x)
+    spec = tuple(_names(sharding.spec, axes) for axes in merged)
+    place = jax.sharding.auto_axes(arrange, out_sharding=sharding.update(spec=spec))
+    return jnp.asarray(place(x))
+
+
+def _names(spec: PartitionSpec, axes: Sequence[int]) -> tuple[str, ...]:
+    """List the mesh axes over which some axes are split, the outermost first."""
+    found: list[str] = []
+    for axis in axes:
+        names = spec[axis]
+        found += names if isinstance(names, tuple) else [names] if names else []
+    return tuple(found)

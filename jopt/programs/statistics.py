@@ -1,7 +1,8 @@
 """What can be kept of a site: ranges, norms, histograms, Gram matrices.
 
 Each is a function that returns a `Statistic`; a new one is a dozen lines. All are sums
-or extrema in float32, so batches may be sharded and merged in any order.
+or extrema in float32, so batches may be sharded and merged in any order. On a mesh
+every device has the whole of a statistic, of inputs that stay where they are.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt.arrays.axes import gather_values, named_sharding
 from jopt.programs.handlers import Use, to_array
 from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
@@ -81,7 +83,8 @@ def norms() -> Statistic:
 
     def summarize(use: Use) -> Any:
         x = input_matrix(use)
-        return {"squares": jnp.sum(x * x, axis=1), "rows": jnp.float32(x.shape[1])}
+        squares = gather_values(jnp.sum(x * x, axis=1))
+        return {"squares": squares, "rows": jnp.float32(x.shape[1])}
 
     return _summed(summarize)
 
@@ -96,7 +99,13 @@ def gram() -> Statistic:
 
     def summarize(use: Use) -> Any:
         x = input_matrix(use)
-        gram = jnp.einsum("bmk,bml->bkl", x, x, precision=jax.lax.Precision.HIGHEST)
+        gram = jnp.einsum(
+            "bmk,bml->bkl",
+            x,
+            x,
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=_on_every_device(x),
+        )
         return {"gram": gram, "rows": jnp.float32(x.shape[1])}
 
     return _summed(summarize)
@@ -124,13 +133,16 @@ def histogram(low: float, high: float, *, num_bins: int = 2048) -> Statistic:
         )
 
     def summarize(use: Use) -> jax.Array:
-        x = _input(use).reshape(-1)
+        x = _input(use)
         place = jnp.floor((x - low) * (num_bins / (high - low)))
         place = jnp.clip(place, 0, num_bins - 1).astype(jnp.int32)
-        counted = jnp.where(jnp.isnan(x), 0.0, 1.0)
-        return jnp.zeros(num_bins).at[place].add(counted)
+        counted = 1 - jnp.isnan(x).astype(jnp.float32)
+        return zeros().at[place].add(counted, out_sharding=_on_every_device(x))
 
-    return Statistic(summarize, lambda site: jnp.zeros(num_bins), jnp.add)
+    def zeros() -> jax.Array:
+        return jnp.zeros(num_bins, jnp.float32)
+
+    return Statistic(summarize, lambda site: zeros(), jnp.add)
 
 
 def _summed(summarize: Callable[[Use], Any]) -> Statistic:
@@ -170,3 +182,9 @@ def _join_ranges(a: Any, b: Any) -> Any:
 
 def _input(use: Use) -> jax.Array:
     return jnp.asarray(to_array(use.x)).astype(jnp.float32)
+
+
+def _on_every_device(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Return the sharding of a statistic of `x`: explicit meshes ask for it by name."""
+    sharding = named_sharding(x)
+    return None if sharding is None else sharding.update(spec=())

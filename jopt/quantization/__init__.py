@@ -4,9 +4,9 @@ Reading order: `roles` and `specs` (which leaf gets which spec), `state` (what t
 on the grid remembers), `learned` (gradients of a clipped grid and of its scale),
 `weights` (training on the grid), `conversion` (float trees to quantized trees),
 `operands` (what is rounded at a site), `observers` and `calibration` (static ranges),
-`learned_ranges` and `fake` (quantization-aware functions), `products`, `microscaled`
-and `execute` (codes times codes), `folding` (norms into weights). One array's formats
-and steps are in `jopt.arrays`.
+`learned_ranges`, `arguments` and `fake` (quantization-aware functions), `products`,
+`microscaled` and `execute` (codes times codes), `folding` (norms into weights). One
+array's formats and steps are in `jopt.arrays`.
 """
 
 from jopt.quantization.calibration import calibrate as calibrate

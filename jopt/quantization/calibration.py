@@ -21,7 +21,13 @@ from jopt.arrays.specs import QuantSpec
 from jopt.programs.counts import sites
 from jopt.programs.handlers import Use
 from jopt.programs.operations import Site
-from jopt.programs.record import Statistic, over_devices, record
+from jopt.programs.record import (
+    Statistic,
+    inputs_of,
+    over_devices,
+    record,
+    require_batches,
+)
 from jopt.programs.sites import SiteTable
 from jopt.quantization.observers import Observer, absmax
 from jopt.quantization.operands import Activations, site_specs, static_spec
@@ -47,7 +53,7 @@ def calibrate(
         apply: a pure function `apply(params, *inputs)`.
         params: its parameters.
         batches: of inputs; each item is the tuple of inputs after `params`, and a bare
-            array counts as one input.
+            array or dict counts as one input.
         observer: one of `jopt.observers`; `absmax()` when None.
         spec: of the weights, as `jopt.quantize` takes it; carried along for it.
         activations: a `jopt.QuantSpec` or rules over site names, which may name
@@ -57,10 +63,13 @@ def calibrate(
 
     Returns:
         The calibration; `print` it. It goes to `jopt.quantize`, to `jopt.execute` and
-        to `jopt.fake_quantize`, and lists the sites that never ran.
+        to `jopt.fake_quantize`, and lists the sites that never ran or saw only zeros,
+        which have no range and stay float.
 
     Raises:
-        ValueError: there is no batch, a rule matches no site, or a spec has groups.
+        TypeError: `observer` is none, or `batches` are no inputs.
+        ValueError: there is no batch or no site, a rule matches no site, or a spec has
+            groups.
 
     References:
         Wu et al., Integer Quantization for Deep Learning Inference, arXiv:2004.09602.
@@ -70,13 +79,23 @@ def calibrate(
     >>> calibrate(apply, {"w": jnp.ones((3, 1))}, batches).activations["w"][0].high
     Array(3., dtype=float32)
     """
+    if not isinstance(observer, Observer | None):
+        raise TypeError(
+            "observer must be one that jopt.observers makes, got "
+            f"{observer!r}; call it, such as jopt.observers.absmax()"
+        )
+    require_batches(batches)
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
         raise ValueError("batches must have at least one item, got none")
-    table = sites(apply, params, *(first if isinstance(first, tuple) else (first,)))
+    table = sites(apply, params, *inputs_of(first))
     pairs = site_specs(activations, table)
-    specs = () if spec is None else _weight_specs(spec, params, table)
+    specs: tuple[tuple[str, QuantSpec], ...] = ()
+    if spec is not None:
+        # Its default is no one's wish: what is measured may have no leaf of its own.
+        found = resolve_specs(spec, params, sites=table, required=not pairs)
+        specs = listed_specs(params, found)
     if not pairs:
         return Calibration({}, {}, (), specs)
     recording = record(
@@ -121,12 +140,6 @@ def finish(
         weight_specs,
         tuple(name for name in pairs if name not in ranges),
     )
-
-
-def _weight_specs(
-    spec: SpecOrRules, params: Any, table: SiteTable
-) -> tuple[tuple[str, QuantSpec], ...]:
-    return listed_specs(params, resolve_specs(spec, params, sites=table))
 
 
 def _of_operands(observer: Observer, pairs: dict[str, Pair]) -> Statistic:
@@ -175,14 +188,14 @@ def _site_facing(site: Site, i: int) -> Site:
 
 
 def _range(observer: Observer, value: Any, alone: Any, spec: QuantSpec) -> Range | None:
-    """Find the range of every layer; None if one of them never ran."""
+    """Find the range of every layer; None if one never ran, or saw only zeros."""
     leaf, one = jax.tree.leaves(value)[0], jax.tree.leaves(alone)[0]
     lead = leaf.shape[: leaf.ndim - one.ndim]
     found = []
     for index in np.ndindex(*lead):
         layer = jax.tree.map(lambda x, index=index: x[index], value)
         found.append(observer.range(layer, static_spec(spec)))
-    if any(ends is None for ends in found):
+    if any(ends is None or not np.any(ends) for ends in found):
         return None
     low, high = (
         jnp.asarray(np.stack(ends).reshape((*lead, *np.shape(ends[0]))), jnp.float32)

@@ -20,17 +20,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from jopt.arrays import quantized
 from jopt.arrays.quantized import QuantSpec
 from jopt.programs import interpret, sites
 from jopt.programs.handlers import Handler, Use
 from jopt.quantization import learned_ranges
+from jopt.quantization.arguments import Arguments, require_step
 from jopt.quantization.operands import (
     Activations,
     is_float,
     ranges_of,
+    require_ungrouped,
     round_operand,
     site_specs,
 )
@@ -73,10 +74,12 @@ def fake_quantize(
             (`{"activation:.*": spec}`). Without a calibration each batch has its own
             range: with `axis=None` one scale per token, with `axis=()` one per tensor,
             with `group_size` one per group of a token; integers are axes of the input.
-        calibration: what `jopt.calibrate` returned: static ranges, one per site.
+        calibration: what `jopt.calibrate` returned: static ranges, one per site; or
+            what training made of it, with the ranges of weights too.
         ranges: "current" for the range of the batch or of the calibration; "learned"
             for LSQ and "pact" for PACT: ranges become trainable.
-        begin_step: from which `step` on to round; the function then takes `step=`.
+        begin_step: from which `step` on to round; the function then takes `step=`, and
+            passes it on to an `apply` that names it as an argument too.
         **array_options: for an array, those of `jopt.arrays.quantized.fake_quantize`:
             scale, bits, rounding, key.
 
@@ -88,8 +91,10 @@ def fake_quantize(
 
     Raises:
         TypeError: an argument belongs to arrays and `target` is a function, or the
-            other way round.
-        ValueError: (when called) a rule matches nothing or a spec does not fit.
+            other way round, or it is of no type that it may be.
+        ValueError: there is nothing to learn, `begin_step` is no count, or activations
+            with given ranges have groups; (when called) a rule matches nothing, a spec
+            does not fit, or the function has no site for it.
 
     >>> import jopt
     >>> int8 = jopt.QuantSpec(jopt.formats.int8)
@@ -108,7 +113,12 @@ def fake_quantize(
                 "activations, calibration, ranges and begin_step belong to functions, "
                 f"got an array of type {type(target).__name__}"
             )
-        return quantized.fake_quantize(target, spec, **array_options)  # type: ignore[arg-type]
+        if not isinstance(spec, QuantSpec):
+            raise TypeError(
+                f"spec must be a jopt.QuantSpec for a bare array, got {spec!r}; rules "
+                "and calibrations belong to functions of params"
+            )
+        return quantized.fake_quantize(target, spec, **array_options)
     if array_options:
         raise TypeError(
             f"{sorted(array_options)} belong to arrays, got a function; pass "
@@ -118,12 +128,28 @@ def fake_quantize(
         raise ValueError(
             f"ranges must be 'current', 'learned' or 'pact', got {ranges!r}"
         )
+    if not isinstance(calibration, Calibration | None):
+        raise TypeError(
+            f"calibration must be a jopt.Calibration or None, got {calibration!r}; "
+            "specs are given as spec= and activations="
+        )
+    require_step("begin_step", begin_step)
     if isinstance(spec, Calibration):
         calibration = spec if calibration is None else calibration
     if activations is None and calibration is not None:
         activations = calibration
     if isinstance(activations, Calibration) and calibration is None:
         calibration = activations
+    if ranges != "current" and (
+        activations is None and (spec is None or ranges == "pact")
+    ):
+        some = "spec or activations" if ranges == "learned" else "activations"
+        raise ValueError(
+            f"ranges={ranges!r} must have {some} to learn the ranges of, got None; "
+            "pass activations=jopt.QuantSpec(jopt.formats.int8), for example"
+        )
+    if ranges != "current" or calibration is not None:
+        require_ungrouped(activations)
     plan = Plan(target, spec, activations, calibration, ranges, begin_step)
     if ranges == "current":
         return plan.function()
@@ -148,27 +174,24 @@ class Plan:
         self._calibration = calibration
         self._rule: Any = None if ranges == "current" else ranges
         self._begin_step = begin_step
+        self._arguments = Arguments(
+            apply,
+            step=None if begin_step is None else "begin_step was given",
+            ranges=None if ranges == "current" else "they are learned",
+        )
         self._run = jax.jit(self._evaluate)
 
     def function(self) -> Callable[..., Any]:
         """Return the rewritten function."""
 
-        def rounded(
-            params: Any,
-            *inputs: Any,
-            step: ArrayLike | None = None,
-            ranges: Calibration | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            if (step is None) != (self._begin_step is None):
-                raise ValueError(
-                    "step must be given exactly where begin_step was, got "
-                    f"step={step} and begin_step={self._begin_step}"
-                )
-            if (ranges is None) != (self._rule is None):
-                raise ValueError(
-                    "ranges must be given exactly where they are learned, got "
-                    f"{'none' if ranges is None else 'some'}; init_ranges returns them"
+        def rounded(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+            kwargs, own = self._arguments.split((params, *inputs), kwargs)
+            step, ranges = own.get("step"), own.get("ranges")
+            require_step("step", step)
+            if not isinstance(ranges, Calibration | None):
+                raise TypeError(
+                    "ranges must be a jopt.Calibration, got a "
+                    f"{type(ranges).__name__}; init_ranges returns one"
                 )
             return self._run(params, inputs, kwargs, step, ranges)
 
@@ -205,7 +228,9 @@ class Plan:
             return paths.map_with_path(lambda path, leaf: optax.MaskedNode(), params)
         if isinstance(spec, Calibration):
             spec = known_specs(spec, params)
-        return resolve_specs(spec, params, sites=table)
+        return resolve_specs(
+            spec, params, sites=table, required=not self._derived_specs(table)
+        )
 
     def _evaluate(
         self,
@@ -275,15 +300,21 @@ class Plan:
     def _round_weights(
         self, params: Any, specs: Any, ranges: Calibration | None, is_on: Any
     ) -> Any:
-        trained = {} if ranges is None else ranges.weights
+        given = (ranges, self._calibration, self._spec)
+        found = [c.weights for c in given if isinstance(c, Calibration) and c.weights]
+        trained = found[0] if found else {}
 
         def snap(path: str, w: Any, spec: Any) -> Any:
             if not isinstance(spec, QuantSpec):
                 return w
-            if path in trained:
-                q = learned_ranges.round_weight(w, spec, trained[path])
-            else:
+            ends = trained.get(path)
+            if ends is None:
                 q = quantized.fake_quantize(w, spec, path=path)
+            else:
+                is_learning = self._rule == "learned"
+                q = learned_ranges.round_weight(
+                    w, spec, ends, is_learning=is_learning, path=path
+                )
             return _switch(is_on, q, w)
 
         return paths.map_with_path(snap, params, specs)

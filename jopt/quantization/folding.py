@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.arrays.compressed import CompressedArray
 from jopt.trees import paths
 
 
@@ -46,7 +47,9 @@ def fold_batch_norm(
         Params and batch statistics of the same structure.
 
     Raises:
-        ValueError: a path names nothing, or nowhere can a shift be held.
+        TypeError: a kernel is compressed.
+        ValueError: a path names nothing, or there is none; a norm is named twice; its
+            width is not that of the kernel; or nowhere can a shift be held.
 
     >>> params = {"conv": {"kernel": jnp.ones((1, 1, 1, 2))},
     ...           "norm": {"scale": jnp.array([2.0, 4.0]), "bias": jnp.zeros(2)}}
@@ -58,10 +61,12 @@ def fold_batch_norm(
     leaves, treedef = paths.flatten_with_path(params)
     stats, stats_treedef = paths.flatten_with_path(batch_stats)
     values, moments = dict(leaves), dict(stats)
+    _require_pairs(pairs)
     for layer, norm in pairs.items():
         kernel = _require(values, f"{layer}/kernel")
         mean = _require(moments, f"{norm}/mean")
         var = _require(moments, f"{norm}/var")
+        _require_widths(layer, norm, kernel, axis, values, moments)
         gain = values.get(f"{norm}/scale", jnp.ones_like(mean))
         gain = gain / jnp.sqrt(var + epsilon)
         shift = values.get(f"{norm}/bias", jnp.zeros_like(mean))
@@ -93,7 +98,54 @@ def _require(leaves: Mapping[str, Any], path: str) -> jax.Array:
             f"pairs must name layers and norms of these trees, got none at {path!r}; "
             f"the leaves are {sorted(leaves)[:8]}"
         )
-    return jnp.asarray(leaves[path])
+    leaf = leaves[path]
+    if isinstance(leaf, CompressedArray):
+        raise TypeError(
+            f"params must be float arrays to fold norms into, got {leaf!r} at {path!r};"
+            " fold first, then quantize"
+        )
+    return jnp.asarray(leaf)
+
+
+def _require_pairs(pairs: Mapping[str, str]) -> None:
+    if not isinstance(pairs, Mapping) or not pairs:
+        raise ValueError(
+            f"pairs must map at least one layer to its norm, got {pairs!r}; for "
+            "example {'conv': 'norm'}"
+        )
+    for norm in pairs.values():
+        layers = [layer for layer, other in pairs.items() if other == norm]
+        if len(layers) > 1:
+            raise ValueError(
+                f"pairs must name each norm once, got {norm!r} for {layers}; what is "
+                "shared by layers cannot be folded into one of them"
+            )
+
+
+def _require_widths(
+    layer: str,
+    norm: str,
+    kernel: jax.Array,
+    axis: int,
+    values: Mapping[str, Any],
+    moments: Mapping[str, Any],
+) -> None:
+    """Raise if an output of the layer has no factor of its own."""
+    if not -kernel.ndim <= axis < kernel.ndim:
+        raise ValueError(
+            f"axis must be one of '{layer}/kernel' of shape {kernel.shape}, got {axis}"
+        )
+    wanted = (kernel.shape[axis],)
+    named = {f"{norm}/{name}": moments for name in ("mean", "var")}
+    named |= {f"{norm}/{name}": values for name in ("scale", "bias")}
+    named[f"{layer}/bias"] = values
+    for path, tree in named.items():
+        if path in tree and jnp.shape(tree[path]) != wanted:
+            raise ValueError(
+                f"axis must be the outputs that {norm!r} norms, got axis {axis} of "
+                f"'{layer}/kernel' with {wanted[0]} and {path!r} of shape "
+                f"{jnp.shape(tree[path])}; give the output axis of the kernel"
+            )
 
 
 def _as(value: jax.Array, like: Any) -> jax.Array:

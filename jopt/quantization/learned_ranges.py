@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.arrays.ranges import Range, learned_fake_quantize
+from jopt.arrays.quantized import fake_quantize
+from jopt.arrays.ranges import Range, learned_fake_quantize, scale_of
 from jopt.arrays.scales import compute_range, highest_level, sum_groups
-from jopt.arrays.specs import QuantSpec
+from jopt.arrays.specs import QuantSpec, scale_shape
 from jopt.programs.handlers import Use, to_array
+from jopt.programs.operations import Site
 from jopt.programs.record import Statistic
 from jopt.quantization.calibration import calibrate
 from jopt.quantization.observers import Observer, minmax
@@ -41,7 +43,8 @@ def start(
         apply: the function.
         params: its parameters.
         inputs: one batch.
-        specs: tree of the specs of weights with trainable ranges; None for none.
+        specs: tree of the specs of weights with trainable ranges; None for none. Those
+            that a calibration has learned go on from there.
         weight_specs: what the calibration carries along.
         activations: which inputs of sites are rounded.
         calibration: where to start, if there is one; else the batch is measured.
@@ -60,12 +63,12 @@ def start(
             activations=activations,
             progress=False,
         )
-    weights = {}
+    weights = calibration.weights
     if specs is not None:
         leaves, treedef = paths.flatten_with_path(params)
         found = zip(leaves, treedef.flatten_up_to(specs), strict=True)
         weights = {
-            path: _weight_range(leaf, spec)
+            path: weights[path] if path in weights else _weight_range(leaf, spec)
             for (path, leaf), spec in found
             if isinstance(spec, QuantSpec)
         }
@@ -77,53 +80,71 @@ def first_step() -> Observer:
 
     Returns:
         The observer; its symmetric range is
-        `levels * min(max |x| / levels, 2 mean |x| / sqrt(levels))`.
+        `levels * min(max |x| / levels, 2 mean |x| / sqrt(levels))`, per index of the
+        axes that keep one.
     """
+    range_of = minmax()
 
-    def summarize(use: Use) -> dict[str, jax.Array]:
-        x = jnp.asarray(to_array(use.x)).astype(jnp.float32)
-        return {
-            "low": jnp.min(x, initial=0.0),
-            "high": jnp.max(x, initial=0.0),
-            "total": jnp.sum(jnp.abs(x)),
-            "count": jnp.float32(x.size),
-        }
+    def statistic(spec: QuantSpec) -> Statistic:
+        base = range_of.statistic(spec)
 
-    def merge(a: Any, b: Any) -> dict[str, Any]:
-        return {
-            "low": jnp.minimum(a["low"], b["low"]),
-            "high": jnp.maximum(a["high"], b["high"]),
-            "total": a["total"] + b["total"],
-            "count": a["count"] + b["count"],
-        }
+        def summarize(use: Use) -> dict[str, jax.Array]:
+            x = jnp.abs(jnp.asarray(to_array(use.x)).astype(jnp.float32))
+            ends = base.summarize(use)
+            shape = ends["high"].shape
+            total = sum_groups(x, shape or (1,) * x.ndim).reshape(shape)
+            return {**ends, "total": total, "count": jnp.float32(x.size / total.size)}
+
+        def initial(site: Site) -> dict[str, jax.Array]:
+            ends = base.initial(site)
+            total = jnp.zeros_like(ends["high"])
+            return {**ends, "total": total, "count": jnp.float32(0)}
+
+        def merge(a: Any, b: Any) -> dict[str, Any]:
+            sums = {name: a[name] + b[name] for name in ("total", "count")}
+            return {**base.merge(a, b), **sums}
+
+        return Statistic(summarize, initial, merge)
 
     def ends(value: Any, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray] | None:
-        if not value["count"]:
-            return None
-        if not spec.symmetric:
-            return np.asarray(value["low"]), np.asarray(value["high"])
-        largest = np.maximum(-value["low"], value["high"])
-        high = _start(largest, value["total"] / value["count"], spec)
-        return -np.asarray(high), np.asarray(high)
+        found = range_of.range(value, spec)
+        if found is None or not spec.symmetric:
+            return found
+        low, high = found
+        mean = value["total"] / value["count"]
+        high = np.asarray(_start(np.maximum(-low, high), mean, spec))
+        return -high, high
 
-    zeros = dict.fromkeys(("low", "high", "total", "count"), np.float32(0))
-    statistic = Statistic(
-        summarize, lambda site: jax.tree.map(jnp.asarray, zeros), merge
-    )
-    return Observer(lambda spec: statistic, ends)
+    return Observer(statistic, ends)
 
 
-def round_weight(w: jax.Array, spec: QuantSpec, ends: Range) -> jax.Array:
-    """Round a leaf to a range whose ends get LSQ's gradient.
+def round_weight(
+    w: jax.Array, spec: QuantSpec, ends: Range, *, is_learning: bool, path: str
+) -> jax.Array:
+    """Round a leaf to a range that was learned, or is.
 
     Args:
         w: float leaf.
         spec: of it, with explicit axes.
         ends: of the range, of the shape of its scales.
+        is_learning: whether the ends get LSQ's gradient.
+        path: of the leaf, for errors.
 
     Returns:
         The rounded leaf.
+
+    Raises:
+        ValueError: the range is of a leaf or of axes of another shape.
     """
+    wanted = scale_shape(w.shape, spec, path=path)
+    if ends.high.shape != wanted:
+        raise ValueError(
+            f"calibration must have learned the ranges of {path!r} for {spec}, got "
+            f"shape {ends.high.shape} where its scales have {wanted}; use the spec "
+            "that it was trained with"
+        )
+    if not is_learning:
+        return fake_quantize(w, spec, scale=scale_of(ends, spec, w.ndim), path=path)
     return learned_fake_quantize(w, spec, ends, "learned", w.size // ends.high.size)
 
 

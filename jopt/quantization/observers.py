@@ -127,8 +127,8 @@ def percentile(p: float = 99.9) -> Observer:
     >>> percentile(100).range(value, QuantSpec(formats.int8))
     (array(-3., dtype=float32), array(3., dtype=float32))
     """
-    if not 0 < p <= 100:
-        raise ValueError(f"p must be in (0, 100], got {p}: 99.9 and 99.99 are usual")
+    if not isinstance(p, int | float | np.number) or not 0 < p <= 100:
+        raise ValueError(f"p must be in (0, 100], got {p!r}: 99.9 and 99.99 are usual")
 
     def choose(edges: np.ndarray, counts: np.ndarray, spec: QuantSpec) -> Any:
         if spec.symmetric:
@@ -257,7 +257,7 @@ def _histogram_observer(choose: Callable[..., Any], importance: Any = None) -> O
             )
         return Statistic(
             lambda use: _count_in_bins(to_array(use.x), importance and importance(use)),
-            lambda site: {**ends.initial(site), "counts": jnp.zeros(2 * _SIDE + 1)},
+            lambda site: {**ends.initial(site), "counts": np.zeros(2 * _SIDE + 1, "f")},
             lambda a, b: {**ends.merge(a, b), "counts": a["counts"] + b["counts"]},
         )
 

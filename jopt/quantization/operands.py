@@ -15,6 +15,7 @@ from jopt.programs.handlers import Use
 from jopt.programs.operations import Site
 from jopt.programs.sites import SiteTable
 from jopt.quantization.roles import operand_spec
+from jopt.quantization.specs import nothing_found
 from jopt.trees import rules
 from jopt.trees.calibration import Calibration, Pair
 
@@ -42,7 +43,8 @@ def site_specs(activations: Activations, table: SiteTable) -> dict[str, Pair]:
 
     Raises:
         TypeError: `activations` is none of these.
-        ValueError: a rule matches no site, or one that cannot be entered.
+        ValueError: a rule matches no site, or one that cannot be entered; there is no
+            site at all.
     """
     if activations is None:
         return {}
@@ -53,8 +55,13 @@ def site_specs(activations: Activations, table: SiteTable) -> dict[str, Pair]:
         chosen = {
             s.name: activations for s in products if s.kind in _PRODUCTS and s.reachable
         }
+        if not chosen:
+            raise nothing_found("activations", "site to round the input of", table)
     elif isinstance(activations, Mapping | list | tuple):
         chosen = _by_rules(activations, products)
+        # Rules are checked against names; where there are none, nothing else is said.
+        if not products and any(spec is not None for spec in _specs_of(activations)):
+            raise nothing_found("activations", "site to round the input of", table)
     else:
         raise TypeError(
             "activations must be a jopt.QuantSpec, rules {pattern: spec}, a "
@@ -62,6 +69,32 @@ def site_specs(activations: Activations, table: SiteTable) -> dict[str, Pair]:
         )
     sites = {s.name: s for s in products}
     return {name: _pair(sites[name], spec) for name, spec in chosen.items()}
+
+
+def require_ungrouped(activations: Activations) -> None:
+    """Raise if inputs shall have groups where ranges are known before they are.
+
+    Args:
+        activations: what is rounded.
+
+    Raises:
+        ValueError: one of its specs has groups.
+    """
+    for spec in _specs_of(activations):
+        if isinstance(spec, QuantSpec) and spec.group_size is not None:
+            raise ValueError(
+                "activations must have no groups where a calibration or ranges= gives "
+                f"their ranges, got {spec}; take a format without groups and "
+                "group_size=None, or ranges from each batch"
+            )
+
+
+def _specs_of(activations: Activations) -> list[Any]:
+    if isinstance(activations, Mapping):
+        return list(activations.values())
+    if isinstance(activations, list | tuple):
+        return [spec for _, spec in activations]
+    return [activations]
 
 
 def _pair(site: Site, spec: QuantSpec) -> Pair:
@@ -147,8 +180,24 @@ def range_at(use: Use, i: int) -> Range | None:
 
     Returns:
         Its range; None where there is none.
+
+    Raises:
+        ValueError: it has a range per index of an input of another size.
     """
-    return None if use.value is None else use.value[i]
+    ends: Range | None = None if use.value is None else use.value[i]
+    if ends is None:
+        return None
+    shape, x = ends.high.shape, use.operands[i]
+    fits = len(shape) == x.ndim and all(
+        n in (1, size) for n, size in zip(shape, x.shape, strict=True)
+    )
+    if shape and not fits:
+        raise ValueError(
+            f"calibration must be of inputs of this size, got ranges of shape {shape} "
+            f"for the input of {use.site.name!r} of shape {x.shape}; calibrate at this "
+            "size, or with axis=()"
+        )
+    return ends
 
 
 def static_spec(spec: QuantSpec) -> QuantSpec:

@@ -27,6 +27,7 @@ def resolve_specs(
     select: rules.Select = None,
     stacked_axes: rules.StackedAxes = None,
     sites: SiteTable | None = None,
+    required: bool = True,
 ) -> Any:
     """Return a tree of specs, `optax.MaskedNode()` where a leaf is left alone.
 
@@ -36,7 +37,9 @@ def resolve_specs(
     keep scales and which are stacked.
 
     Raises:
-        ValueError: a rule matches nothing, or a spec does not fit its leaf.
+        ValueError: a rule matches nothing, or nothing that is selected by default; a
+            spec does not fit its leaf; one spec for all finds no leaf in `sites`,
+            where that is required.
     """
     leaves, treedef = paths.flatten_with_path(tree)
     if isinstance(spec_or_rules, QuantSpec):
@@ -49,12 +52,25 @@ def resolve_specs(
             f"{spec_or_rules!r}; for example jopt.QuantSpec(jopt.formats.int8)"
         )
     roles: dict[str, LeafRoles] = {}
+    is_default = select is None
     if sites is not None:
         require_table(sites, dict(leaves))
         roles = leaf_roles(sites)
-        if select is None:
+        if is_default:
             select = functools.partial(_multiplies, roles)
     chosen = rules.select_leaves(select, tree, stacked_axes=stacked_axes)
+    if is_default:
+        # A compressed leaf is not left alone: it is quantized already.
+        held = {
+            path
+            for (path, leaf), keep in zip(leaves, chosen, strict=True)
+            if keep or paths.is_whole_leaf(leaf)
+        }
+        if isinstance(spec_or_rules, QuantSpec):
+            if sites is not None and required and leaves and not held:
+                raise nothing_found("spec", "leaf to round", sites)
+        else:
+            _require_effect(spec_or_rules, leaves, held, sites)
     stacks = rules.stacked_axis_of(stacked_axes, tree)
     found: list[Any] = []
     for (path, leaf), spec, keep, stack in zip(
@@ -75,6 +91,61 @@ def resolve_specs(
         check_spec(leaf.shape, spec, path=path)
         found.append(spec)
     return treedef.unflatten(found)
+
+
+def nothing_found(argument: str, what: str, sites: SiteTable) -> ValueError:
+    """Return the error that a function has nothing that an argument speaks of.
+
+    Args:
+        argument: its name.
+        what: what it should find.
+        sites: of the function.
+
+    Returns:
+        The error, with the reasons that the table has.
+    """
+    reasons = [f"{path!r}: {why}" for path, why in sites.uncovered.items()]
+    reasons = reasons or ["leaves are looked up only"]
+    shown = [text if len(text) <= 90 else f"{text[:87]}..." for text in reasons[:3]]
+    if len(reasons) > 3:
+        shown.append(f"and {len(reasons) - 3} more")
+    way_out = f"pass None as {argument}, or print(jopt.sites(apply, params, *inputs))"
+    if sites.activations:
+        way_out = f"'activation:.*' as a rule names products of two inputs; {way_out}"
+    return ValueError(
+        f"{argument} must have at least one {what}, got a function without: "
+        f"{', '.join(shown)}; {way_out}"
+    )
+
+
+def _require_effect(
+    given: Any, leaves: Any, held: set[str], sites: SiteTable | None
+) -> None:
+    """Raise for a rule with a spec that matches nothing but leaves that are left alone.
+
+    Those that match more are broad patterns, such as 'layers/.*', and may.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else given
+    for pattern, spec in pairs:
+        matched = [(p, leaf) for p, leaf in leaves if re.fullmatch(pattern, p)]
+        if spec is None or not matched or any(path in held for path, _ in matched):
+            continue
+        alone = [f"{path!r} {_why_alone(path, leaf, sites)}" for path, leaf in matched]
+        more = [f"and {len(alone) - 3} more"] if len(alone) > 3 else []
+        raise ValueError(
+            f"rules must give specs to leaves that are quantized, got {pattern!r} for "
+            f"{', '.join(alone[:3] + more)}, left alone by default; choose with "
+            f"select=jopt.matching({pattern!r}) in jopt.quantize and "
+            "jopt.quantize_weights, or leave the rule out"
+        )
+
+
+def _why_alone(path: str, leaf: Any, sites: SiteTable | None) -> str:
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        return f"({getattr(leaf, 'dtype', type(leaf).__name__)})"
+    if sites is None:
+        return f"(of shape {leaf.shape}, without two axes to multiply by)"
+    return f"({sites.uncovered.get(path, 'looked up as single numbers')})"
 
 
 def known_specs(calibration: Calibration, params: Any) -> dict[str, QuantSpec | None]:

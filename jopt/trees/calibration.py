@@ -31,7 +31,8 @@ class Calibration:
         weights: path of a leaf to its range, where that is trained.
         activation_specs: site and the specs of both operands.
         weight_specs: path and spec, with explicit axes.
-        unreached: the sites that never ran while it was measured. They stay float.
+        unreached: the sites that never ran while it was measured, or saw only zeros.
+            They have no range, and stay float.
     """
 
     activations: dict[str, Pair]
@@ -59,18 +60,20 @@ class Calibration:
                     table.add_row(*map(rich.text.Text, cells))
         lines = [report.draw(table)]
         if self.unreached:
-            lines.append(" never ran, and stay float: " + ", ".join(self.unreached))
+            names = ", ".join(self.unreached)
+            lines.append(f" never ran, or saw only zeros, and stay float: {names}")
         return "\n".join(lines)
 
 
 def _ends(ends: Range) -> tuple[str, str]:
-    low = -ends.high if ends.low is None else ends.low
-    return _span(low), _span(ends.high)
+    low = ends.high if ends.low is None else ends.low
+    return _span(low, -1), _span(ends.high, 1)
 
 
-def _span(end: Any) -> str:
-    """Write one number, or the least and the largest of several."""
+def _span(end: Any, sign: int) -> str:
+    """Write one number, or the least and the largest of several; magnitudes count."""
     if not hasattr(end, "min") or isinstance(end, jax.core.Tracer):
         return "traced"
+    end = sign * abs(end) + 0.0  # no negative zero
     least, most = float(end.min()), float(end.max())
     return f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"

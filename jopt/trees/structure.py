@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from jopt.arrays import formats, quantized, ranges
-from jopt.trees import calibration, paths
+from jopt.trees import calibration, paths, recording
 
 Node = Any  # JSON: None, bool, int, str or a dict as the module describes
 Kind = Literal["jax", "numpy", "key"]
@@ -35,6 +35,7 @@ TYPES: dict[str, type] = {
         formats.Format,
         ranges.Range,
         calibration.Calibration,
+        recording.Recording,
         optax.MaskedNode,
     )
 }

@@ -1,5 +1,7 @@
 """Statistics of the sites: against NumPy, in loops, sharded, streamed and resumed."""
 
+import contextlib
+import dataclasses
 import itertools
 
 import jax
@@ -9,6 +11,8 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import jopt
+from jopt.arrays.axes import named_sharding
 from jopt.programs import statistics
 from jopt.programs.handlers import Handler
 from jopt.programs.interpret import rewrite
@@ -93,9 +97,7 @@ def test_the_gram_matrix_gives_the_norm_of_the_output(name):
     def is_product(site):
         return site.kind == "weight" and site.reachable
 
-    squares = Handler(
-        norm, select=is_product, initial=lambda site: jnp.float32(0), merge=jnp.add
-    )
+    squares = Handler(norm, is_product, lambda site: jnp.float32(0), jnp.add)
     _, expected = rewrite(model.apply, squares)(model.params, *model.inputs)
     if not expected:
         return
@@ -110,13 +112,9 @@ def test_the_gram_matrix_gives_the_norm_of_the_output(name):
         )
         return jnp.zeros(shape.shape, shape.dtype)
 
-    # The same in every step of a loop over time, zeros where a branch is not taken.
-    taken = Handler(
-        weights,
-        select=is_product,
-        initial=zeros,
-        merge=lambda a, b: jnp.where(b == 0, a, b),
-    )
+    # A leaf that meets every step of a loop over time is the same in all of them.
+    last = lambda a, b: jnp.where(b == 0, a, b)  # noqa: E731
+    taken = Handler(weights, is_product, zeros, last)
     _, matrices = rewrite(model.apply, taken)(model.params, *model.inputs)
     recording = record(
         model.apply,
@@ -164,15 +162,41 @@ def _weight_matrix(use):
     return jnp.transpose(w, (*batch, *contracted, *out)).reshape(shape)
 
 
-def test_a_recording_goes_on_where_it_ended_and_streams():
+def test_a_recording_goes_on_where_it_ended_and_streams(tmp_path):
     apply, params, batches = stacked()
     statistic = statistics.gram()
     whole = record(apply, params, iter(batches), statistic, progress=False)
     half = record(apply, params, batches[:2], statistic, progress=False)
-    half = jax.tree.map(np.asarray, half)  # as if it had been saved and restored
-    rest = (batch for batch in itertools.islice(batches, 2, None))
-    again = record(apply, params, rest, statistic, start=half, progress=False)
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole, again))
+    jopt.save(tmp_path / "half", half)
+    restored = jopt.restore(tmp_path / "half")
+    assert isinstance(restored, jopt.Recording)
+    for start in (half, restored, jax.tree.map(np.asarray, half)):
+        rest = (batch for batch in itertools.islice(batches, int(start.count), None))
+        again = record(apply, params, rest, statistic, start=start, progress=False)
+        assert jax.tree.all(jax.tree.map(np.array_equal, whole, again))
+    assert jax.tree.all(jax.tree.map(np.array_equal, half, restored))  # not donated
+
+
+def test_the_first_batch_runs_the_program_of_all(caplog):
+    """Compiled once, and exact where an update does not take the initial value."""
+    _, params, batches = stacked()
+    mean = statistics.absmax()
+    mean = dataclasses.replace(mean, update=lambda a, b: 0.5 * a + 0.5 * b)
+
+    def compilations(batches):
+        apply = stacked()[0]  # unknown to every cache
+        caplog.clear()
+        with jax.log_compiles(True), caplog.at_level("WARNING"):
+            recording = record(apply, params, batches, mean, progress=False)
+        return recording, caplog.text.count("Finished XLA compilation")
+
+    one, several = compilations(batches[:1]), compilations(batches)
+    assert one[1] >= 1
+    assert one[1] == several[1]
+    seen = [np.abs(inputs_by_hand(params, np.asarray(b))[1]).max() for b in batches]
+    np.testing.assert_allclose(one[0].values["head"], seen[0], rtol=1e-6)
+    average = seen[0] / 8 + seen[1] / 8 + seen[2] / 4 + seen[3] / 2
+    np.testing.assert_allclose(several[0].values["head"], average, rtol=1e-6)
 
 
 def test_sharded_batches_give_the_statistic_of_the_whole(auto_mesh, explicit_mesh):
@@ -185,6 +209,125 @@ def test_sharded_batches_give_the_statistic_of_the_whole(auto_mesh, explicit_mes
         found = record(apply, kept, [placed], statistics.absmax(), progress=False)
         for name, value in expected.values.items():  # to the rounding of tanh
             np.testing.assert_allclose(found.values[name], value, rtol=1e-6)
+
+
+EXPLICIT = (jax.sharding.AxisType.Explicit,) * 2
+DATA, MODEL = "data", "model"
+
+
+def _times(params, x):
+    # The result is named where the contracted axis is split.
+    sharding = named_sharding(x)
+    sharding = sharding and sharding.update(spec=PartitionSpec())
+    return jnp.einsum("bsi,io->bso", x, params["w"], out_sharding=sharding)
+
+
+def _conv(params, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=numbers
+    )
+
+
+@pytest.mark.parametrize(
+    "apply, kernel, shape, split",
+    [
+        (_times, (6, 4), (8, 4, 6), (DATA,)),
+        (_times, (6, 4), (8, 4, 6), ((DATA, MODEL),)),
+        (_times, (6, 4), (8, 4, 6), (DATA, MODEL)),
+        (_times, (6, 4), (8, 4, 6), (DATA, None, MODEL)),
+        (_conv, (3, 3, 4, 2), (8, 6, 6, 4), (DATA,)),
+        (_conv, (3, 3, 4, 2), (8, 6, 6, 4), ((DATA, MODEL),)),
+    ],
+)
+@pytest.mark.parametrize("is_set", [True, False])
+def test_explicit_meshes_give_the_statistic_of_one_device(
+    apply, kernel, shape, split, is_set
+):
+    """Of integers exactly, and with nothing of a batch's size gathered."""
+    mesh = jax.make_mesh((4, 2), (DATA, MODEL), axis_types=EXPLICIT)
+    rng = np.random.default_rng(2)
+    params = {"w": jnp.float32(rng.normal(size=kernel))}
+    x = jnp.float32(rng.integers(-4, 5, size=shape))
+    whole = NamedSharding(mesh, PartitionSpec())
+    kept = jax.device_put(params, whole)
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*split)))
+    for statistic in (
+        statistics.gram(),
+        statistics.norms(),
+        statistics.minmax(),
+        statistics.histogram(-3.0, 3.0, num_bins=7),
+    ):
+        alone = record(apply, params, [x, -x], statistic, progress=False)
+        with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+            spread = record(apply, kept, [placed, -placed], statistic, progress=False)
+        jax.tree.map(np.testing.assert_array_equal, spread, alone)
+        assert all(v.sharding.is_fully_replicated for v in jax.tree.leaves(spread))
+
+
+def test_no_batch_is_gathered_for_a_gram_matrix():
+    mesh = jax.make_mesh((4, 2), (DATA, MODEL), axis_types=EXPLICIT)
+    sharding = NamedSharding(mesh, PartitionSpec(DATA, MODEL))
+    x = jax.ShapeDtypeStruct((8, 4, 6), jnp.float32, sharding=sharding)
+    w = jax.ShapeDtypeStruct((6, 4), jnp.float32)
+    for statistic in (statistics.gram(), statistics.histogram(-3.0, 3.0)):
+        handler = Handler(
+            lambda use, s=statistic: (use.run(), s.summarize(use)),
+            initial=statistic.initial,
+            merge=statistic.merge,
+        )
+        run = jax.jit(lambda p, x, h=handler: rewrite(_times, h)(p, x)[1])
+        with jax.set_mesh(mesh):
+            text = run.lower({"w": w}, x).compile().as_text()
+        assert "all-reduce" in text
+        assert "all-gather" not in text
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        statistics.absmax(),
+        statistics.minmax(),
+        statistics.moving_average(),
+        statistics.norms(),
+        statistics.gram(),
+        statistics.histogram(-1.0, 1.0),
+    ],
+)
+def test_statistics_are_float32_where_float64_is_on(statistic):
+    def apply(params, x):
+        return lax.cond(x[0, 0] > 0, lambda: x @ params["w"], lambda: x * 2)
+
+    with jax.enable_x64(True):
+        x = jnp.ones((3, 3), jnp.float32)
+        params = {"w": jnp.eye(3, dtype=jnp.float32)}
+        values = record(apply, params, [x, -x], statistic, progress=False).values
+    assert {leaf.dtype for leaf in jax.tree.leaves(values)} == {jnp.dtype("float32")}
+
+
+def test_starts_and_batches_of_another_kind_say_so():
+    apply, params, batches = stacked()
+    kept = statistics.absmax()
+    go = lambda *args, **kwargs: record(*args, progress=False, **kwargs)  # noqa: E731
+    start = go(apply, params, batches, kept)
+    with pytest.raises(ValueError, match=r"start must be a recording of this statist"):
+        go(apply, params, batches, statistics.minmax(), start=start)
+    with pytest.raises(ValueError, match=r"start must be a recording of this functio"):
+        other = lambda params, x: x @ params["w"]  # noqa: E731
+        go(other, {"w": params["head"]}, batches, kept, start=start)
+    with pytest.raises(ValueError, match=r"got \{'': 'float32\[3\]'\} at 'layers'"):
+        layers = params["layers"][:2]
+        go(apply, {**params, "layers": layers}, batches, kept, start=start)
+    with pytest.raises(TypeError, match=r"start must be a jopt\.Recording or None"):
+        go(apply, params, batches, kept, start=start.values)
+    for wrong in (jopt.observers.absmax(), statistics.absmax):
+        with pytest.raises(TypeError, match=r"statistic must be a jopt\.Statistic"):
+            go(apply, params, batches, wrong)
+    for wrong in (5, {"x": batches[0]}, "ab"):
+        with pytest.raises(TypeError, match=r"batches must be an iterable.*\[batch\]"):
+            go(apply, params, wrong, kept)
+    with pytest.raises(TypeError, match="got a list of 1; pass tuple"):
+        go(apply, params, [[batches[0]]], kept)
 
 
 def test_what_cannot_be_recorded_says_so():

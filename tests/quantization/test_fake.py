@@ -216,22 +216,48 @@ def test_weights_that_are_computed_are_rounded_where_they_are_used(name):
 # Learned ranges.
 
 
-def test_lsq_gradients_are_those_of_the_paper():
-    """Against equations 3 and 5 of arXiv:1902.08153, written out for s = high / 7."""
-    params, x = {"w": jnp.ones((4, 1))}, jnp.array([[0.3, -1.1, 2.0, -5.0]])
-    spec = jopt.QuantSpec(FORMATS.int4, scale_dtype=jnp.float32)
+def lsq_gradients(v, step, levels):
+    """Equations 3 to 5 of arXiv:1902.08153 with Q_N = Q_P = levels, in NumPy."""
+    v = np.asarray(v, np.float64) / step
+    ds = np.where(v <= -levels, -levels, np.where(v >= levels, levels, np.round(v) - v))
+    inside = (v > -levels) & (v < levels)
+    return ds, inside, 1 / np.sqrt(v.size * levels)
+
+
+@pytest.mark.parametrize("format, levels", [(FORMATS.int4, 7), (FORMATS.int8, 127)])
+def test_lsq_gradients_are_those_of_the_paper(format, levels):
+    """Of a step s = high / levels; a step of high by lr is one of s by lr / levels."""
+    spec = jopt.QuantSpec(format, scale_dtype=jnp.float32)
+    step = 0.25
+    x = 0.4 * levels * step * normal(1, 40)
+    assert 0 < (jnp.abs(x) > levels * step).sum() < 20
+    ds, inside, scale = lsq_gradients(x, step, levels)
+    w = normal(40, 1)
     qat, init_ranges = jopt.fake_quantize(dot, None, activations=spec, ranges="learned")
-    ranges = init_ranges(params, x)
-    step = jnp.float32(0.25)
-    ranges = jax.tree.map(lambda _: 7 * step, ranges)
-    grad = jax.grad(lambda r: qat(params, x, ranges=r).sum())(ranges)
-    v = np.asarray(x, np.float64) / 0.25
-    ds = np.where(v <= -7, -7, np.where(v >= 7, 7, np.round(v) - v))
-    scaled = ds.sum() / np.sqrt(4 * 7)
-    (got,) = jax.tree.leaves(grad)
-    np.testing.assert_allclose(got, scaled * 7, rtol=1e-5)  # high = 7 s
-    dx = jax.grad(lambda x: qat(params, x, ranges=ranges).sum())(x)
-    np.testing.assert_array_equal(dx, [[1.0, 1.0, 0.0, 0.0]])
+    ranges = init_ranges({"w": w}, x)
+    ranges = jax.tree.map(lambda _: jnp.float32(levels * step), ranges)
+    grads = jax.grad(lambda r, x: qat({"w": w}, x, ranges=r).sum(), (0, 1))(ranges, x)
+    want = (ds * np.asarray(w, np.float64).T).sum() * scale
+    (got,) = jax.tree.leaves(grads[0])
+    np.testing.assert_allclose(got / levels, want, rtol=1e-4)
+    np.testing.assert_allclose(grads[1], np.where(inside, w.T, 0), rtol=1e-6)
+
+
+def test_lsq_gradients_of_weights_are_those_of_the_paper():
+    """Each output has a step of its own, of as many weights as it has inputs."""
+    spec = jopt.QuantSpec(FORMATS.int8, scale_dtype=jnp.float32)
+    w, x, step = 30 * normal(40, 3), normal(1, 40), 0.5
+    qat, init_ranges = jopt.fake_quantize(dot, spec, ranges="learned")
+    ranges = init_ranges({"w": w}, x)
+    ranges = jax.tree.map(lambda high: jnp.full_like(high, 127 * step), ranges)
+    params = {"w": w}
+    grads = jax.grad(lambda r, p: qat(p, x, ranges=r).sum(), (0, 1))(ranges, params)
+    for i in range(3):
+        ds, inside, scale = lsq_gradients(w[:, i], step, 127)
+        want = (ds * np.asarray(x[0], np.float64)).sum() * scale
+        got = grads[0].weights["w"].high[0, i]
+        np.testing.assert_allclose(got / 127, want, rtol=1e-4)
+        np.testing.assert_allclose(grads[1]["w"][:, i], np.where(inside, x[0], 0))
 
 
 def test_pact_gradients_are_those_of_the_paper():

@@ -70,3 +70,45 @@ def test_paths_that_name_nothing_are_refused():
         jopt.fold_batch_norm(params, stats, {"cnv": "norm"})
     with pytest.raises(ValueError, match="with a bias"):
         jopt.fold_batch_norm(params, stats, {"conv": "norm"})
+
+
+def two_layers():
+    kernel = jnp.ones((1, 1, 2, 3))
+    params = {
+        "a": {"kernel": kernel},
+        "b": {"kernel": kernel},
+        "norm": {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
+    }
+    return params, {"norm": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
+
+
+def test_a_norm_that_two_layers_share_is_refused():
+    params, stats = two_layers()
+    with pytest.raises(ValueError, match=r"'norm' for \['a', 'b'\]; what is shared"):
+        jopt.fold_batch_norm(params, stats, {"a": "norm", "b": "norm"})
+
+
+@pytest.mark.parametrize("pairs", [{}, None, ["a"]])
+def test_no_pairs_are_refused(pairs):
+    with pytest.raises(ValueError, match="at least one layer to its norm, got"):
+        jopt.fold_batch_norm(*two_layers(), pairs)
+
+
+def test_widths_must_agree():
+    params, stats = two_layers()
+    with pytest.raises(
+        ValueError, match=r"axis 2 of 'a/kernel' with 2 and 'norm/mean'"
+    ):
+        jopt.fold_batch_norm(params, stats, {"a": "norm"}, axis=2)
+    with pytest.raises(ValueError, match=r"axis must be one of 'a/kernel'"):
+        jopt.fold_batch_norm(params, stats, {"a": "norm"}, axis=4)
+    params["a"]["bias"] = jnp.ones(1)
+    with pytest.raises(ValueError, match=r"'a/bias' of shape \(1,\)"):
+        jopt.fold_batch_norm(params, stats, {"a": "norm"})
+
+
+def test_packed_params_are_refused():
+    params, stats = two_layers()
+    packed = jopt.quantize(params, jopt.QuantSpec(jopt.formats.int8))
+    with pytest.raises(TypeError, match="at 'a/kernel'; fold first, then quantize"):
+        jopt.fold_batch_norm(packed, stats, {"a": "norm"})
