@@ -5,20 +5,23 @@
 
 The results are those of the function that `fake_quantize` returns: with scales that are
 powers of two bit for bit, as long as sums of codes stay below 2^24, where float32 is
-exact, and to the rounding of one float32 product elsewhere. So are the gradients: codes
-have none, so the derivative is that of the product of floats that they stand for.
+exact, and elsewhere to the rounding of one product: in float32 to that of its sums; in
+bfloat16 and float16, where fake-quantized operands are rounded to the dtype and codes
+are not, to four half ulps of sum |x||w|. So are the gradients: codes have none, so the
+derivative is that of the product of floats that they stand for.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jopt.arrays.quantized import QuantizedArray, quantize_array
 from jopt.arrays.ranges import scale_of
-from jopt.arrays.scales import compute_range, compute_scale
+from jopt.arrays.scales import Scale, compute_range, compute_scale, reduce_groups
 from jopt.arrays.specs import QuantSpec
 from jopt.programs import interpret, sites
 from jopt.programs.handlers import Handler, Use
@@ -52,8 +55,12 @@ def execute(
     Returns:
         `apply'(packed, *inputs)`, whose params may have `QuantizedArray` leaves, as
         `jopt.quantize(params, spec, sites=...)` makes them. Sites where codes cannot be
-        multiplied (formats with a codebook, zero points in convolutions, scales that
-        vary along what is contracted) round their input and multiply floats.
+        multiplied (formats with a codebook, zero points or batch groups in
+        convolutions, scales that vary along what is contracted, sums beyond 32 bits)
+        round their input and multiply floats. Grouped, depthwise and transposed
+        convolutions multiply codes, on CPUs as float32 numbers, exactly, because XLA
+        has no fast integer form of them: the same results, at the speed of floats.
+        Rows (of convolutions: images) that hold NaN give NaN.
 
     Raises:
         ValueError: (when called) a rule or a calibration fits no site.
@@ -155,7 +162,10 @@ def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
         spec = static_spec(spec)
         if not products.is_multiplied(spec):
             return None
-        return products.factor(x, scale_of(ends, spec, x.ndim), spec)
+        scale = scale_of(ends, spec, x.ndim)
+        if spec.format.kind == "integer":
+            scale = _with_nan(scale, x, use.site.operand_roles[i])
+        return products.factor(x, scale, spec)
     spec = operand_spec(spec, use.site.operand_roles[i])
     if spec.format.group_size:
         return quantize_array(x, spec, path=f"input of {use.site.name}")
@@ -163,3 +173,14 @@ def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
         return None
     scale = compute_scale(*compute_range(x, spec), spec)
     return products.factor(x, scale, spec)
+
+
+def _with_nan(scale: Scale, x: jax.Array, roles: Sequence[str]) -> Scale:
+    """Give rows with NaN the scale NaN, because integer codes hold none."""
+    shape = tuple(1 if r == "in" else n for n, r in zip(x.shape, roles, strict=True))
+    is_nan = reduce_groups(jnp.isnan(x), shape, _any)
+    return scale._replace(scale=jnp.where(is_nan, jnp.nan, scale.scale))
+
+
+def _any(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.any(x, axis=axis)

@@ -262,3 +262,40 @@ def test_a_calibration_ships_beside_the_params(tmp_path):
     run = jopt.execute(dot, activations=restored["calibration"])
     want = jopt.execute(dot, activations=calibration)(tree["params"], x)
     np.testing.assert_array_equal(run(restored["params"], x), want)
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_nan_stays_nan(is_static):
+    """In the rows that hold some, and in no other; in the images, of a convolution."""
+
+    def conv(params, x):
+        return lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    cases = [(dot, (16, 4), (3, 16)), (conv, (3, 3, 8, 24), (3, 4, 4, 8))]
+    for apply, weights, inputs in cases:
+        params, x = {"w": normal(*weights)}, normal(*inputs)
+        activations = INT8
+        if is_static:
+            activations = jopt.calibrate(apply, params, [x], progress=False)
+        packed = jopt.quantize(params, INT8, sites=jopt.sites(apply, params, x))
+        run = jopt.execute(apply, activations=activations)
+        bad = x.at[(1,) * x.ndim].set(jnp.nan)
+        want = run(packed, x).at[1].set(jnp.nan)
+        np.testing.assert_array_equal(run(packed, bad), want)
+
+
+@pytest.mark.parametrize("dtype, unit", [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+@pytest.mark.parametrize("rows, terms", [(1, 64), (64, 2), (8, 1024)])
+def test_narrow_floats_are_rounded_where_codes_are_not(dtype, unit, rows, terms):
+    """Each operand once, and both results: four roundings to the dtype."""
+    params, x = {"w": normal(terms, 33).astype(dtype)}, normal(rows, terms)
+    x = x.astype(dtype)
+    packed = jopt.quantize(params, INT8, sites=jopt.sites(dot, params, x))
+    got = jopt.execute(dot, activations=INT8)(packed, x)
+    want = jopt.fake_quantize(dot, INT8, activations=INT8)(params, x)
+    assert got.dtype == want.dtype == jnp.dtype(dtype)
+    size = jnp.abs(x.astype(jnp.float32)) @ jnp.abs(params["w"].astype(jnp.float32))
+    error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)) / size
+    assert unit / 64 < float(error.max()) < 4 * unit
