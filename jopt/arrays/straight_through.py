@@ -51,11 +51,12 @@ def straight_through(
 
 @straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    value, _, inside = primals
+    value, w, inside = primals
     _, w_dot, _ = tangents
+    out = straight_through(value, w, inside)  # for derivatives of the derivative
     if inside is None:
-        return value, w_dot
-    return value, jnp.where(inside, w_dot, jnp.zeros_like(w_dot))
+        return out, w_dot
+    return out, jnp.where(inside, w_dot, jnp.zeros_like(w_dot))
 
 
 def fake_quantize(

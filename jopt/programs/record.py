@@ -26,7 +26,7 @@ import rich.console
 import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jopt.programs import interpret
+from jopt.programs import flags, interpret
 from jopt.programs.counts import sites
 from jopt.programs.handlers import Handler, Use
 from jopt.programs.operations import Site
@@ -141,7 +141,7 @@ def record(
 
     recording = start
     for item in _track(batches, progress):
-        inputs = inputs_of(item)
+        inputs = flags.fix(inputs_of(item))
         if not ranks:
             table = sites(apply, params, *inputs)
             shapes = _shapes(table, observed, params, inputs)

@@ -217,3 +217,15 @@ def test_what_is_wrong_is_said_with_the_path():
         fake_quantize(
             jnp.ones((64, 2)), QuantSpec(formats.mxfp4), scale=jnp.ones((2, 2))
         )
+
+
+def test_second_derivatives_pass_straight_through():
+    """The gradient of half the square of q is q, and the gradient of that is one."""
+    spec = QuantSpec(formats.int8)
+    w = jnp.array([0.3, -1.0, 0.8])
+
+    def half_square(w):
+        return jnp.sum(fake_quantize(w, spec) ** 2) / 2
+
+    np.testing.assert_array_equal(jax.grad(half_square)(w), fake_quantize(w, spec))
+    np.testing.assert_array_equal(jax.hessian(half_square)(w), jnp.eye(3))

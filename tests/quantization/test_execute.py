@@ -327,10 +327,7 @@ def test_joined_leaves_are_quantized_each_and_multiplied_together(format):
     xs, spec = normal(5, 2, 4), jopt.QuantSpec(format)
     table = jopt.sites(gates, params, xs)
     packed = jopt.quantize(params, spec, sites=table)
-    leaves = jax.tree.leaves(
-        packed, is_leaf=lambda n: isinstance(n, jopt.QuantizedArray)
-    )
-    assert all(q.scale.shape == (1, 8) for q in leaves)
+    assert {q.scale.shape for _, q in paths.leaves_with_path(packed)} == {(1, 8)}
     want = jax.jit(gates)(jopt.dequantize(packed), xs)
     np.testing.assert_array_equal(jopt.execute(gates)(packed, xs), want)
     np.testing.assert_array_equal(jopt.fake_quantize(gates, spec)(params, xs), want)
