@@ -42,7 +42,7 @@ from jopt.quantization.specs import (
     listed_specs,
     resolve_specs,
 )
-from jopt.trees import paths
+from jopt.trees import paths, rules
 from jopt.trees.calibration import Calibration, Pair
 
 Ranges = Literal["current", "learned", "pact"]
@@ -179,7 +179,7 @@ class Plan:
             step=None if begin_step is None else "begin_step was given",
             ranges=None if ranges == "current" else "they are learned",
         )
-        self._run = jax.jit(self._evaluate)
+        self._run = interpret.compiled_if_eager(self._evaluate)
 
     def function(self) -> Callable[..., Any]:
         """Return the rewritten function."""
@@ -270,13 +270,27 @@ class Plan:
         return interpret.evaluate(analysis, handler, params, inputs, kwargs, values)
 
     def _derived_specs(self, table: sites.SiteTable) -> dict[str, QuantSpec]:
-        """Find the specs of operands that are computed from leaves."""
-        found = {
-            s.name: s.operand for s in table if s.kind == "derived" and s.reachable
-        }
+        """Find the specs of operands that are computed from leaves.
+
+        Rules give one its leaves' spec where they have the same. A calibration rounds
+        what is stored, as `execute` runs it.
+        """
+        found = [
+            s for s in table if s.kind == "derived" and s.reachable and not s.parts
+        ]
+        if self._spec is None or isinstance(self._spec, Calibration):
+            return {}
         if isinstance(self._spec, QuantSpec):
-            return dict.fromkeys(found, self._spec)
-        return {}
+            return {site.name: self._spec for site in found}
+        tree = dict(table.leaves)
+        values = rules.resolve(self._spec, tree)
+        by_path = dict(zip(paths.leaf_paths(tree), values, strict=True))
+        specs = {s.name: {by_path[path] for path in s.leaf_paths} for s in found}
+        return {
+            name: spec
+            for name, (spec, *others) in specs.items()
+            if spec is not None and not others
+        }
 
     def _round(
         self,
@@ -290,7 +304,7 @@ class Plan:
             if spec is not None and is_float(operands[i]):
                 q = round_operand(use, i, spec, rule=self._rule)
                 operands[i] = _switch(is_on, q, operands[i])
-        if site.name in derived:
+        if site.name in derived and is_float(operands[site.operand]):
             w = operands[site.operand]
             spec = operand_spec(derived[site.name], site.operand_roles[site.operand])
             q = quantized.fake_quantize(w, spec, path=site.name)

@@ -354,3 +354,31 @@ def test_tables_must_belong_to_the_params():
         jopt.quantize({"w": normal(5, 3)}, INT8, sites=table)
     with pytest.raises(TypeError, match="sites must be what"):
         jopt.quantize(params, INT8, sites=dot)
+
+
+def test_rules_round_what_is_computed_from_leaves_as_one_spec_does():
+    params, x = {"v": normal(6, 3), "g": normal(1, 3), "w": normal(3, 2)}, normal(4, 6)
+
+    def apply(params, x):
+        return x @ (params["v"] * params["g"]) @ params["w"]
+
+    want = jopt.fake_quantize(apply, INT8)(params, x)
+    got = jopt.fake_quantize(apply, {".*": INT8})(params, x)
+    np.testing.assert_array_equal(got, want)
+    leaves = jopt.fake_quantize(apply, {"v": None, ".*": INT8})(params, x)
+    assert np.abs(leaves - want).max() > 0
+
+
+def test_complex_weights_are_left_alone():
+    params, x = (
+        {"re": normal(3, 3), "im": normal(3, 3), "w": normal(3, 3)},
+        normal(2, 3),
+    )
+
+    def apply(params, x):
+        turn = jax.lax.complex(params["re"], params["im"])
+        return jnp.abs((x @ params["w"]).astype(turn.dtype) @ turn)
+
+    got = jopt.fake_quantize(apply, INT8, activations=INT8)(params, x)
+    only = jopt.fake_quantize(apply, {"w": INT8}, activations={"w": INT8})(params, x)
+    np.testing.assert_array_equal(got, only)
