@@ -9,7 +9,7 @@ What happens to parameters is an Optax gradient transformation around yours:
 and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
-                  formats, QuantSpec, QuantizedArray
+                  formats, QuantSpec, QuantizedArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata
     an update     project, prune, quantize_weights, get_masks, apply_masks,
                   update_masks, get_scales; scores and allocation to choose from
@@ -23,6 +23,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 from jopt import distillation as distillation
 from jopt import schedules as schedules
 from jopt.arrays import formats as formats
+from jopt.arrays.compressed import CompressedArray as CompressedArray
 from jopt.arrays.packing import pack_mask as pack_mask
 from jopt.arrays.packing import unpack_mask as unpack_mask
 from jopt.arrays.patterns import NM as NM
