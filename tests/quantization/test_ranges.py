@@ -95,7 +95,7 @@ def test_ranges_come_back_from_zero_and_below(mode, spec, end):
         return jnp.mean((qat(params, x, ranges=ranges) - x) ** 2)
 
     y = qat(params, x, ranges=ranges)
-    assert jnp.abs(y).max() <= max(1.01 * abs(end), 1e-30)
+    np.testing.assert_allclose(jnp.abs(y).max(), abs(end), rtol=0.02, atol=1e-30)
     assert all(
         jnp.isfinite(g) & (g != 0) for g in jax.tree.leaves(jax.grad(loss)(ranges))
     )
