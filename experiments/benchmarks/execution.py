@@ -125,7 +125,7 @@ def main(config: Config) -> None:
         },
         "floors": {
             "over_float32, 64 rows or more": 1.3,
-            "over_naive_int8, one row of 4096": 5,
+            "over_naive_int8, one row": 5,
         },
     }
     measure.write(results, config.out)

@@ -127,7 +127,7 @@ def evaluate(
     strangers = set(values) - {site.name for site in chosen.values()}
     if strangers:
         raise ValueError(
-            f"site_values must be named after selected sites, got {sorted(strangers)} "
+            f"values must be named after selected sites, got {sorted(strangers)} "
             f"where the sites are {[site.name for site in chosen.values()]}"
         )
     leaves = jax.tree.leaves(params, is_leaf=is_compressed)
