@@ -20,7 +20,7 @@ class Use:
         default: computes the operation on given operands, arrays or compressed ones,
             which it decompresses.
         rest: its further operands: the group sizes of a `ragged_dot`.
-        value: what `site_values` held for the site, of this layer.
+        value: what was passed along for the site, of this layer: its range.
     """
 
     site: Site
