@@ -214,6 +214,8 @@ def _dot_of_windows(
     w = jnp.transpose(kernel, (*places, into, out))
     window, (inputs, outputs) = w.shape[:-2], w.shape[-2:]
     x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    # Or XLA computes what the codes come from anew for every place of the window.
+    x = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, window, strict=True)]
     sizes = [
         max((n - r) // s + 1, 0)

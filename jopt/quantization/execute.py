@@ -178,9 +178,10 @@ def _factor(use: Use, i: int, spec: QuantSpec | None) -> Any:
 def _with_nan(scale: Scale, x: jax.Array, roles: Sequence[str]) -> Scale:
     """Give rows with NaN the scale NaN, because integer codes hold none."""
     shape = tuple(1 if r == "in" else n for n, r in zip(x.shape, roles, strict=True))
-    is_nan = reduce_groups(jnp.isnan(x), shape, _any)
+    # The largest of numbers with NaN is NaN, and a read of them as they are is fast.
+    is_nan = jnp.isnan(reduce_groups(x, shape, _largest))
     return scale._replace(scale=jnp.where(is_nan, jnp.nan, scale.scale))
 
 
-def _any(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    return jnp.any(x, axis=axis)
+def _largest(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.max(x, axis=axis, initial=0)
