@@ -45,7 +45,7 @@ TEMPERATURE, SOFT_SHARE = 4.0, 0.7
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Options of the main job; the defaults take about two minutes on two cores."""
+    """Options of the main job; the defaults take two to three minutes on two cores."""
 
     out: Path = Path("runs/compress")
     """Where everything goes; started again with the same options it continues."""
