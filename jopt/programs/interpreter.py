@@ -201,25 +201,26 @@ class Interpreter:
         first = num_condition + inner.num_body_consts
         stops, consts = operands[:num_condition], operands[num_condition:first]
         carry = [to_array(value) for value in operands[first:]]
+        is_batched = bool(jnp.ndim(inner.condition.outvars[0].aval))
 
         def who_goes_on(carry: Values) -> jax.Array:
             place = (*key, "condition")
             return self.body(inner.condition, [*stops, *carry], place, {})[0][0]
+
+        def goes_on(state: tuple[Values, Aux]) -> jax.Array:
+            who = who_goes_on(state[0])
+            return jnp.any(who) if is_batched else who
 
         def step(state: tuple[Values, Aux]) -> tuple[Values, Aux]:
             carry, before = state
             place = (*key, "body")
             results, now = self.body(inner.body, [*consts, *carry], place, values)
             results = [to_array(value) for value in results]
-            if jnp.ndim(inner.condition.outvars[0].aval):  # one condition per example
+            if is_batched:  # some examples may be done before others
                 results = _where(who_goes_on(carry), results, carry)
             return results, self._merged(before, now, key)
 
-        return lax.while_loop(
-            lambda state: jnp.any(who_goes_on(state[0])),
-            step,
-            (carry, self._initial(key)),
-        )
+        return lax.while_loop(goes_on, step, (carry, self._initial(key)))
 
     def _shard_map(
         self, inner: bodies.ShardMap, operands: Values, key: Key, values: Aux
