@@ -162,7 +162,7 @@ def test_all_products_of_a_model_are_integers(name, count):
     assert int_products(run, packed, *model.inputs) >= count
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_products_of_any_dimension_numbers(data):
     """Contracted, batch and free axes in any order, on either side."""
