@@ -1,18 +1,12 @@
 """A strict harness: eight virtual CPU devices, no silent rank promotion."""
 
 import os
-from pathlib import Path
 
 # Before jax is imported: the device count is read once, at the first use of a backend.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What one worker or run has compiled, no other compiles again: most of the time.
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
