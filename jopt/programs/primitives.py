@@ -9,27 +9,26 @@ from jopt.programs import compat, operations, views
 
 # Computes on values as they are; parameters that end here are listed as other uses.
 _PLAIN_NAMES = """
-    abs acos acosh add add_any  after_all all_to_all and approx_top_k
-    argmax argmin asin asinh atan atan2 atanh axis_index bessel_i0e bessel_i1e
+    abs acos acosh add add_any after_all all_to_all and approx_top_k argmax argmin
+    asin asinh atan atan2 atanh axis_index bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil cholesky clamp clz complex conj cos cosh
     create_token cumlogsumexp cummax cummin cumprod cumsum debug_callback
     debug_print digamma dynamic_update_slice eig eigh empty empty2 eq eq_to erf
-    erf_inv erfc exp exp2 expm1 fft floor  ge  gt hessenberg
-    householder_product igamma igamma_grad_a igammac imag integer_pow io_callback
-    iota is_finite layout_constraint le le_to lgamma log log1p log2 logistic lt
-    lt_to lu max min  ne  nextafter not one_minus_square or pad
-    pgather pmax pmin polygamma polynomial population_count pow ppermute psum psum2
-    psum_invariant pure_callback qr ragged_all_to_all random_bits random_clone
-    random_fold_in random_gamma random_seed random_split random_unwrap random_wrap
-    real reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
-    reduce_scatter reduce_sum reduce_window reduce_window_max reduce_window_min
-    reduce_window_sum reduce_xor regularized_incomplete_beta rem rng_bit_generator
-    rng_uniform round rsqrt scatter scatter-add scatter-max scatter-min scatter-mul
-    scatter-sub schur select_and_gather_add select_and_scatter
-    select_and_scatter_add select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sort sqrt square sub svd  tan tanh
-    threefry2x32 top_k triangular_solve tridiagonal tridiagonal_solve unreduced_psum
-    vary_unreduced_cast xor zeta
+    erf_inv erfc exp exp2 expm1 fft floor ge gt hessenberg householder_product
+    igamma igamma_grad_a igammac imag integer_pow io_callback iota is_finite
+    layout_constraint le le_to lgamma log log1p log2 logistic lt lt_to lu max min ne
+    nextafter not one_minus_square or pad pgather pmax pmin polygamma polynomial
+    population_count pow ppermute psum psum2 psum_invariant pure_callback qr
+    ragged_all_to_all random_bits random_clone random_fold_in random_gamma
+    random_seed random_split random_unwrap random_wrap real reduce reduce_and
+    reduce_max reduce_min reduce_or reduce_prod reduce_scatter reduce_sum
+    reduce_window reduce_window_max reduce_window_min reduce_window_sum reduce_xor
+    regularized_incomplete_beta rem rng_bit_generator rng_uniform round rsqrt
+    scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub schur
+    select_and_gather_add select_and_scatter select_and_scatter_add select_n
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sort sqrt
+    square sub svd tan tanh threefry2x32 top_k triangular_solve tridiagonal
+    tridiagonal_solve unreduced_psum vary_unreduced_cast xor zeta
 """
 PLAIN = frozenset(_PLAIN_NAMES.split())
 
