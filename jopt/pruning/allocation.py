@@ -23,6 +23,8 @@ class Units(NamedTuple):
 
     scores: jax.Array  # [layers, ...], higher = keep
     positions: tuple[int, ...]  # of each layer, in the order of leaves and layers
+    names: tuple[str, ...] = ()  # of each layer: its leaf's path, "[i]" if stacked
+    shape: tuple[int, ...] = ()  # of one layer of the leaf, before blocks are pooled
 
 
 Allocation = Callable[[Sequence[Units], Any], list[Count]]

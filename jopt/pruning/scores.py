@@ -28,6 +28,8 @@ class ScoreInputs(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shape=(), int32: updates so far
     key: jax.Array  # folded from path and count for a `Score` with `random=True`
     extra_args: Mapping[str, Any]  # what `update` got beside params
+    stacked_axis: int | None = None  # the axis that stacks layers
+    context: Any = None  # what `Score.context` found for this leaf
 
     @property
     def mask(self) -> jax.Array:
@@ -41,12 +43,17 @@ class Score(NamedTuple):
     `init(param) -> state`; `update(inputs, state) -> state`, called on every step;
     `scores(inputs, state) -> scores`, called when the mask is recomputed; `random` says
     that `inputs.key` is used. The inputs are `ScoreInputs`.
+
+    What a leaf's score needs from elsewhere, a moment of the inner optimizer or another
+    leaf, comes from `context(params, inner_state) -> tree`: of the structure of params,
+    or with a subtree in place of each leaf, which is then `inputs.context`.
     """
 
     init: Callable[[jax.Array], Any]
     update: Callable[[ScoreInputs, Any], Any]
     scores: Callable[[ScoreInputs, Any], jax.Array]
     random: bool = False
+    context: Callable[[Any, Any], Any] | None = None
 
 
 ScoreFunction = Callable[[jax.Array, jax.Array], jax.Array]
