@@ -39,8 +39,10 @@ def uniform(units: Sequence[Units], sparsity: Any) -> list[Count]:
     Array([1, 1], dtype=uint32)
     """
     return [
-        _each_layer(_num_kept(math.prod(scores.shape[1:]), sparsity), len(positions))
-        for scores, positions in units
+        _each_layer(
+            _num_kept(math.prod(u.scores.shape[1:]), sparsity), len(u.positions)
+        )
+        for u in units
     ]
 
 
@@ -66,10 +68,10 @@ def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
     >>> [int(kept.low[0]) for kept in global_ranking([a, b], 0.5)]
     [0, 2]
     """
-    dtype = jnp.result_type(*(scores.dtype for scores, _ in units))
+    dtype = jnp.result_type(*(u.scores.dtype for u in units))
     lots: dict[Any, list[int]] = {}
-    for i, (scores, _) in enumerate(units):
-        kind = (scores.shape[1:], axes.named_sharding(scores))
+    for i, u in enumerate(units):
+        kind = (u.scores.shape[1:], axes.named_sharding(u.scores))
         lots.setdefault(kind, []).append(i)
     stacked = [
         jnp.concatenate([units[i].scores.astype(dtype) for i in lot])

@@ -1,0 +1,234 @@
+"""What every optimizer wrapper with masks does: renew them when due, keep zeros.
+
+With the inner optimizer's step d and the mask m (True = keep),
+
+    update = d where m, -w elsewhere,
+
+so `optax.apply_updates` leaves exact zeros and no latent copy is needed. A `Method` is
+what distinguishes pruning from training that is sparse from the start: where masks come
+from, when, and whether the inner optimizer sees the gradients of weights that are zero.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jopt.arrays import packing
+from jopt.pruning import leaves as chosen_leaves
+from jopt.pruning import masks
+from jopt.pruning.leaves import Choice, Leaf
+from jopt.pruning.scores import Score
+from jopt.pruning.state import PruneState
+from jopt.updates import resets
+from jopt.updates.project import (
+    require_floats,
+    require_params,
+    require_transformation,
+)
+from jopt.updates.states import is_masked_node
+
+Masks = tuple[list[jax.Array], jax.Array]  # packed, and how many scores were not finite
+
+
+class Method(NamedTuple):
+    """What distinguishes one wrapper with masks from another.
+
+    Attributes:
+        name: of the wrapper, for errors.
+        choice: which leaves, and how.
+        score: what keeps memory for the masks.
+        is_due: count -> whether masks are renewed.
+        renew: leaves, count -> new masks; None where masks stay what they are.
+        start: leaves -> the first masks; None where they keep everything.
+        sparse_gradients: whether the inner optimizer sees gradients, and keeps moments,
+            only of weights that are kept. Moments of weights that come back start anew.
+        hold: whether weights outside of the mask stay as they are, in place of zero.
+    """
+
+    name: str
+    choice: Choice
+    score: Score
+    is_due: Callable[[jax.Array], jax.Array]
+    renew: Callable[[list[Leaf], jax.Array], Masks] | None
+    start: Callable[[list[Leaf]], list[jax.Array]] | None = None
+    sparse_gradients: bool = False
+    hold: bool = False
+
+
+def due(
+    every_steps: int, begin_step: int, end_step: int | None
+) -> Callable[[Any], Any]:
+    """Tell when masks are renewed: on the beat from `begin_step`, and at `end_step`."""
+
+    def is_due(count: jax.Array) -> jax.Array:
+        since = count - begin_step
+        on_beat = (since >= 0) & (since % every_steps == 0)
+        if end_step is None:
+            return on_beat
+        return (on_beat & (count <= end_step)) | (count == end_step)
+
+    return is_due
+
+
+def masked(
+    inner: optax.GradientTransformation, method: Method, *, key: jax.Array | None
+) -> optax.GradientTransformationExtraArgs:
+    """Build the wrapper that a method describes.
+
+    Args:
+        inner: any Optax transformation.
+        method: what to do with the masks.
+        key: of random scores; None makes one from the bits of the params, so that
+            another initialisation gets other masks.
+
+    Returns:
+        A transformation with a `PruneState`.
+    """
+    inner = require_transformation(inner, method.name)
+    choice, score = method.choice, method.score
+
+    def init(params: optax.Params) -> PruneState:
+        require_floats(params, method.name)
+        plans = choice.chosen(params, method.name)
+        first_key = jax.random.key(0) if key is None else jnp.copy(key)
+        if key is None and score.random:
+            first_key = _key_from(params, plans)
+        state = PruneState(
+            count=jnp.zeros([], jnp.int32),
+            masks=chosen_leaves.tree_of(masks.full_mask, params, plans),
+            score_state=chosen_leaves.tree_of(score.init, params, plans),
+            key=first_key,  # a copy, because the state may be donated
+            num_nonfinite=jnp.zeros([], jnp.int32),
+            inner_state=inner.init(params),
+        )
+        if method.start is None:
+            return state
+        treedef: Any
+        old, treedef = jax.tree.flatten(state.masks)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        found = chosen_leaves.gather(
+            choice, score, state, params, zeros, {}, salt=_START
+        )
+        packed = method.start(found) if found else []
+        return state._replace(masks=treedef.unflatten(placed_as(old, packed)))
+
+    def update(
+        updates: optax.Updates,
+        state: PruneState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PruneState]:
+        require_params(params, method.name)
+        treedef: Any
+        packed, treedef = jax.tree.flatten(state.masks)
+        leaves = chosen_leaves.gather(choice, score, state, params, updates, extra_args)
+        leaves = [
+            leaf._replace(score_state=score.update(leaf.inputs, leaf.score_state))
+            for leaf in leaves
+        ]
+        num_nonfinite, renew = state.num_nonfinite, method.renew
+        if renew is not None and packed:
+            packed, num_nonfinite = jax.lax.cond(
+                method.is_due(state.count),
+                lambda: placed_as((packed, num_nonfinite), renew(leaves, state.count)),
+                lambda: (packed, num_nonfinite),
+            )
+        new_masks = treedef.unflatten(packed)
+        inner_state = state.inner_state
+        if method.sparse_gradients:
+            updates = _map_masked(_keep_where, new_masks, updates)
+            if renew is not None:
+                grown = _grown(state.masks, new_masks, params)
+                inner_state = resets.reset_where(inner, inner_state, params, grown)
+        steps, inner_state = inner.update(updates, inner_state, params, **extra_args)
+        if method.hold:
+            new_updates = _map_masked(_keep_where, new_masks, steps)
+        else:
+            new_updates = _map_masked(_mask_step, new_masks, steps, params)
+        return new_updates, PruneState(
+            count=optax.safe_increment(state.count),
+            masks=new_masks,
+            score_state=treedef.unflatten([leaf.score_state for leaf in leaves]),
+            key=state.key,
+            num_nonfinite=num_nonfinite,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+_START = 1  # salt: the first masks are drawn apart from those of the first update
+
+
+def refresh(
+    method: Method,
+    recipe: masks.Recipe,
+    state: PruneState,
+    params: optax.Params,
+    grads: optax.Updates | None,
+    extra_args: Mapping[str, Any],
+) -> PruneState:
+    """Renew masks between two steps, outside of jit."""
+    treedef: Any
+    old, treedef = jax.tree.flatten(state.masks)
+    leaves = chosen_leaves.gather(
+        method.choice, method.score, state, params, grads, extra_args
+    )
+    packed, num_nonfinite = masks.leaf_by_leaf(leaves, recipe, state.count)
+    # Where the old masks lie: the training step is compiled for that.
+    placed = [jax.device_put(b, a.sharding) for a, b in zip(old, packed, strict=True)]
+    return state._replace(masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite)
+
+
+def placed_as(old: Any, new: Any) -> Any:
+    """Give new masks the explicit sharding of the old ones; elsewhere do nothing."""
+
+    def place(a: jax.Array, b: jax.Array) -> jax.Array:
+        sharding = jax.typeof(a).sharding
+        fits = sharding.mesh.empty or sharding == jax.typeof(b).sharding
+        if fits:
+            return b
+        return jax.sharding.reshard(b, sharding)  # type: ignore[no-untyped-call]
+
+    return jax.tree.map(place, old, new)
+
+
+def _map_masked(fn: Callable[..., Any], packed: Any, tree: Any, *rest: Any) -> Any:
+    def map_leaf(packed: Any, leaf: Any, *others: Any) -> Any:
+        return leaf if is_masked_node(packed) else fn(packed, leaf, *others)
+
+    return jax.tree.map(map_leaf, packed, tree, *rest, is_leaf=is_masked_node)
+
+
+def _mask_step(packed: jax.Array, step: jax.Array, param: jax.Array) -> jax.Array:
+    # In the wider of both dtypes: a rounded -param would leave a rest behind.
+    return jnp.where(packing.unpack_mask(packed), step, -param)
+
+
+def _keep_where(packed: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.where(packing.unpack_mask(packed), values, jnp.zeros_like(values))
+
+
+def _grown(old: Any, new: Any, params: optax.Params) -> Any:
+    """Say of every weight whether it comes back; of leaves without masks, False."""
+
+    def grown(a: Any, b: Any, param: Any) -> Any:
+        del param
+        return False if is_masked_node(a) else packing.unpack_mask(b & ~a)
+
+    return jax.tree.map(grown, old, new, params, is_leaf=is_masked_node)
+
+
+def _key_from(params: optax.Params, plans: list[Any]) -> jax.Array:
+    """Make a key from the bits of the params: a sum, so sharded leaves stay put."""
+    total = jnp.zeros([], jnp.uint32)
+    for leaf, plan in zip(jax.tree.leaves(params), plans, strict=True):
+        if plan is not None:
+            bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+            mixed = (bits ^ (bits >> 15)) * np.uint32(0x2C1B3C6D)
+            total += jnp.sum(mixed ^ (mixed >> 12), dtype=jnp.uint32)
+    return jax.random.fold_in(jax.random.key(0), total)
