@@ -50,7 +50,11 @@ from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
 from jopt.pruning import get_masks as get_masks
 from jopt.pruning import prune as prune
+from jopt.pruning import rigl as rigl
 from jopt.pruning import scores as scores
+from jopt.pruning import set_ as set_
+from jopt.pruning import snfs as snfs
+from jopt.pruning import static_sparse as static_sparse
 from jopt.pruning import update_masks as update_masks
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute

@@ -108,6 +108,17 @@ def total(count: Count) -> Count:
     return carry(high, low)
 
 
+def deal(need: Count, room: Count) -> Count:
+    """Gives each of several in turn as much as it has room for, while there is need."""
+
+    def give(need: Count, room: Count) -> tuple[Count, Count]:
+        mine = smaller(need, room)
+        return subtract(need, mine), mine
+
+    given: Count = lax.scan(give, need, room)[1]
+    return given
+
+
 def clip_to_int(count: Count, largest: int) -> jax.Array:
     """Returns min(count, largest) as uint32, for a largest below 2^32."""
     number = (count.high << 16) | count.low

@@ -7,6 +7,10 @@ remembers, and how to read it), `prune` (the optimizer wrapper).
 
 from jopt.pruning import allocation as allocation
 from jopt.pruning import scores as scores
+from jopt.pruning.dynamic import rigl as rigl
+from jopt.pruning.dynamic import set_ as set_
+from jopt.pruning.dynamic import snfs as snfs
+from jopt.pruning.dynamic import static_sparse as static_sparse
 from jopt.pruning.prune import prune as prune
 from jopt.pruning.state import PruneState as PruneState
 from jopt.pruning.state import apply_masks as apply_masks

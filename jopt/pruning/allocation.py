@@ -83,7 +83,7 @@ def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
     above, ties = jax.tree.map(lambda *c: jnp.concatenate(c), *around)
     # Ties are dealt out in the order in which the layers stand.
     order = np.argsort([p for lot in lots.values() for i in lot for p in units[i][1]])
-    dealt = _deal(threshold.need, Count(*(limb[order] for limb in ties)))
+    dealt = counts.deal(threshold.need, Count(*(limb[order] for limb in ties)))
     back = np.argsort(order)
     kept = counts.add(above, Count(*(limb[back] for limb in dealt)))
     shares: list[Any] = [None] * len(units)
@@ -108,11 +108,6 @@ def _count_around(
     return jax.lax.map(count, layers)
 
 
-def _deal(need: Count, ties: Count) -> Count:
-    """Give each layer in turn as many of the ties as it has, while there is need."""
-
-    def deal(need: Count, layer: Count) -> tuple[Count, Count]:
-        mine = counts.smaller(need, layer)
-        return counts.subtract(need, mine), mine
-
-    return jax.lax.scan(deal, need, ties)[1]
+def erk(units: Sequence[Units], sparsity: Any) -> list[Count]:
+    """Prune the same fraction of every layer, until Erdos-Renyi-Kernel is merged."""
+    return uniform(units, sparsity)

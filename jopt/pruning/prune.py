@@ -101,7 +101,8 @@ def prune(
     """
     choice = Choice(sparsity, pattern, select, stacked_axes)
     check_choice(choice)
-    _check_allocation(allocation, pattern)
+    check_allocation(allocation)
+    _check_uniform(allocation, pattern)
     check_steps(every_steps, begin_step, end_step)
     if update not in ("step", "host"):
         raise ValueError(f'update must be "step" or "host", got {update!r}')
@@ -138,14 +139,18 @@ def check_steps(every_steps: Any, begin_step: Any, end_step: Any) -> None:
     require_count("end_step", end_step, least=begin_step if is_known else 0)
 
 
-def _check_allocation(allocation: Any, pattern: Any) -> None:
-    if isinstance(pattern, patterns.NM) and allocation is not allocations.uniform:
-        raise ValueError(
-            f"allocation must be uniform for {pattern}, which keeps "
-            f"{pattern.n} of every {pattern.m} everywhere, got {allocation!r}"
-        )
+def check_allocation(allocation: Any) -> None:
+    """Raise for an allocation that is no function."""
     if not callable(allocation):
         raise TypeError(
             "allocation must be a function (units, sparsity) -> kept, got "
             f"{allocation!r}; jopt.allocation has uniform and global_ranking"
+        )
+
+
+def _check_uniform(allocation: Any, pattern: Any) -> None:
+    if isinstance(pattern, patterns.NM) and allocation is not allocations.uniform:
+        raise ValueError(
+            f"allocation must be uniform for {pattern}, which keeps "
+            f"{pattern.n} of every {pattern.m} everywhere, got {allocation!r}"
         )

@@ -23,6 +23,7 @@ from jopt.pruning import masks
 from jopt.pruning.leaves import Choice, Leaf
 from jopt.pruning.scores import Score
 from jopt.pruning.state import PruneState
+from jopt.trees import paths
 from jopt.updates import resets
 from jopt.updates.project import (
     require_floats,
@@ -43,7 +44,8 @@ class Method(NamedTuple):
         score: what keeps memory for the masks.
         is_due: count -> whether masks are renewed.
         renew: leaves, count -> new masks; None where masks stay what they are.
-        start: leaves -> the first masks; None where they keep everything.
+        start: how the first masks are made, of the params alone, or the masks; None
+            where they keep everything.
         sparse_gradients: whether the inner optimizer sees gradients, and keeps moments,
             only of weights that are kept. Moments of weights that come back start anew.
         hold: whether weights outside of the mask stay as they are, in place of zero.
@@ -54,7 +56,7 @@ class Method(NamedTuple):
     score: Score
     is_due: Callable[[jax.Array], jax.Array]
     renew: Callable[[list[Leaf], jax.Array], Masks] | None
-    start: Callable[[list[Leaf]], list[jax.Array]] | None = None
+    start: Any = None  # masks.Recipe | tree of masks | None
     sparse_gradients: bool = False
     hold: bool = False
 
@@ -95,7 +97,10 @@ def masked(
         require_floats(params, method.name)
         plans = choice.chosen(params, method.name)
         first_key = jax.random.key(0) if key is None else jnp.copy(key)
-        if key is None and score.random:
+        starts_random = (
+            isinstance(method.start, masks.Recipe) and method.start.score.random
+        )
+        if key is None and (score.random or starts_random):
             first_key = _key_from(params, plans)
         state = PruneState(
             count=jnp.zeros([], jnp.int32),
@@ -107,14 +112,7 @@ def masked(
         )
         if method.start is None:
             return state
-        treedef: Any
-        old, treedef = jax.tree.flatten(state.masks)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        found = chosen_leaves.gather(
-            choice, score, state, params, zeros, {}, salt=_START
-        )
-        packed = method.start(found) if found else []
-        return state._replace(masks=treedef.unflatten(placed_as(old, packed)))
+        return state._replace(masks=_first_masks(method, state, params, plans))
 
     def update(
         updates: optax.Updates,
@@ -162,6 +160,41 @@ def masked(
 
 
 _START = 1  # salt: the first masks are drawn apart from those of the first update
+
+
+def _first_masks(
+    method: Method, state: PruneState, params: optax.Params, plans: list[Any]
+) -> Any:
+    """Draw the first masks, or take those that were given."""
+    treedef: Any
+    old, treedef = jax.tree.flatten(state.masks)
+    if not isinstance(method.start, masks.Recipe):
+        return paths.map_with_path(_given_mask, params, state.masks, method.start)
+    recipe: masks.Recipe = method.start
+    memory = chosen_leaves.tree_of(recipe.score.init, params, plans)
+    leaves = chosen_leaves.gather(
+        method.choice,
+        recipe.score,
+        state._replace(score_state=memory),
+        params,
+        jax.tree.map(jnp.zeros_like, params),
+        {},
+        salt=_START,
+    )
+    packed = masks.in_one_program(leaves, recipe, state.count)[0] if old else []
+    return treedef.unflatten(placed_as(old, packed))
+
+
+def _given_mask(path: str, param: Any, full: Any, mask: Any) -> Any:
+    if is_masked_node(full):
+        return full
+    if not packing.is_mask_of(mask, param.shape):
+        raise ValueError(
+            f"masks must fit {path!r} of shape {param.shape}, got "
+            f"{mask.dtype}{list(mask.shape)}; pass what jopt.get_masks or "
+            "jopt.make_masks returned"
+        )
+    return packing.pack_mask(packing.unpack_mask(mask))
 
 
 def refresh(

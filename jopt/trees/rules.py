@@ -152,6 +152,8 @@ def select_leaves(
     [True, True]
     """
     leaves = paths.leaves_with_path(tree)
+    if not leaves:  # as `optax.tree.map_params` calls `init`
+        return []
     if select is None:
         stacks = stacked_axis_of(stacked_axes, tree)
         return [
