@@ -49,6 +49,8 @@ from jopt.programs.sites import SiteTable as SiteTable
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
 from jopt.pruning import get_masks as get_masks
+from jopt.pruning import iterative_masks as iterative_masks
+from jopt.pruning import make_masks as make_masks
 from jopt.pruning import prune as prune
 from jopt.pruning import rigl as rigl
 from jopt.pruning import scores as scores
