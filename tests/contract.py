@@ -36,6 +36,12 @@ def snapped(spec, **options):
     return lambda inner: jopt.quantize_weights(inner, spec, **options)
 
 
+def moving(wrapper, **options):
+    """Drop and grow half of what is kept on every other count."""
+    options = {"drop_fraction": 0.5, "every_steps": 2, **options}
+    return lambda inner: wrapper(inner, **options)
+
+
 WRAPPERS = {
     "project": lambda inner: jopt.project(inner, quarter_grid),
     "prune": sparse(sparsity=0.5),
@@ -54,6 +60,13 @@ WRAPPERS = {
         sparsity=0.5, scores=jopt.scores.random(), key=jax.random.key(7)
     ),
     "prune_host": sparse(sparsity=0.5, update="host"),
+    "static_sparse": lambda inner: jopt.static_sparse(
+        inner, sparsity=0.5, allocation=jopt.allocation.uniform
+    ),
+    "set": moving(jopt.set_, sparsity=0.5, allocation=jopt.allocation.uniform),
+    "rigl": moving(jopt.rigl, sparsity=0.5, allocation=jopt.allocation.uniform),
+    "rigl_nm": moving(jopt.rigl, pattern=jopt.NM(2, 4)),
+    "snfs": moving(jopt.snfs, sparsity=0.5),
     "quantize": snapped(INT8),
     "quantize_groups": snapped(INT4),
     "quantize_asymmetric": snapped(
@@ -78,6 +91,7 @@ REPRESENTATIVES = [
     "project",
     "prune_ramp",
     "prune_global",
+    "rigl",
     "quantize",
     "quantize_learned",
     "quantize_prune",
@@ -93,6 +107,10 @@ ZEROS = {
     "prune_channel": HALF,
     "prune_saliency": HALF,
     "prune_random": HALF,
+    "static_sparse": HALF,
+    "set": HALF,
+    "rigl": HALF,
+    "rigl_nm": HALF,
 }
 
 

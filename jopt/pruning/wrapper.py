@@ -168,6 +168,8 @@ def _first_masks(
     """Draw the first masks, or take those that were given."""
     treedef: Any
     old, treedef = jax.tree.flatten(state.masks)
+    if not old:
+        return state.masks
     if not isinstance(method.start, masks.Recipe):
         return paths.map_with_path(_given_mask, params, state.masks, method.start)
     recipe: masks.Recipe = method.start
@@ -181,7 +183,7 @@ def _first_masks(
         {},
         salt=_START,
     )
-    packed = masks.in_one_program(leaves, recipe, state.count)[0] if old else []
+    packed, _ = masks.in_one_program(leaves, recipe, state.count)
     return treedef.unflatten(placed_as(old, packed))
 
 

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.updates.states import is_masked_node
-
 
 def reset_where(
     inner: optax.GradientTransformation,
@@ -39,22 +37,15 @@ def reset_where(
     Array([0., 1.], dtype=float32)
     """
 
-    def tag(leaf: Any, where: Any) -> Any:
-        if is_masked_node(leaf):
-            return leaf
-        fits = jnp.shape(where) == jnp.shape(leaf) and jnp.ndim(leaf) > 0
-        is_mask = getattr(leaf, "dtype", None) == jnp.bool_
-        return where if fits and not is_mask else False
-
     if not jax.tree.leaves(params):
         return state
     tags = optax.tree.map_params(
         inner,
-        tag,
+        _tags,
         state,
         where,
         transform_non_params=lambda leaf: False,
-        is_leaf=is_masked_node,
+        is_leaf=lambda tree: True,  # whole trees: what is kept of a leaf may be a list
     )
 
     def reset(tag: Any, leaf: Any, fresh: Any) -> Any:
@@ -63,3 +54,19 @@ def reset_where(
         return jnp.where(tag, fresh.astype(leaf.dtype), leaf)
 
     return jax.tree.map(reset, tags, state, inner.init(params))
+
+
+def _tags(kept: Any, where: Any) -> Any:
+    """Say of each array in a tree like params which weights it keeps are meant."""
+    treedef: Any
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(kept)
+    meant = dict(jax.tree_util.tree_flatten_with_path(where)[0])
+
+    def tag(path: Any, leaf: Any) -> Any:
+        above = (path[:i] for i in range(len(path), -1, -1))
+        mask = next((meant[p] for p in above if p in meant), False)
+        fits = jnp.shape(mask) == jnp.shape(leaf) and jnp.ndim(leaf) > 0
+        is_mask = getattr(leaf, "dtype", None) == jnp.bool_
+        return mask if fits and not is_mask else False
+
+    return treedef.unflatten([tag(path, leaf) for path, leaf in leaves])

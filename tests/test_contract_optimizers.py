@@ -1,0 +1,155 @@
+"""Every optimizer of Optax inside every wrapper: aliases and contrib, a few steps each.
+
+Each wrapper must land where it promises whatever the inner optimizer keeps in its
+state, and keep that state's structure, shapes and dtypes.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import jopt
+from tests import contract
+
+RATE = 1e-2
+# By name where learning_rate is all that is needed.
+ALIASES = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamaxw",
+    "adamw",
+    "adan",
+    "amsgrad",
+    "fromage",
+    "lamb",
+    "lars",
+    "lion",
+    "nadam",
+    "nadamw",
+    "novograd",
+    "optimistic_adam_v2",
+    "optimistic_gradient_descent",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+    "sign_sgd",
+    "signum",
+    "sm3",
+    "yogi",
+]
+CONTRIB = [
+    "acprop",
+    "ademamix",
+    "adopt",
+    "cocob",
+    "dadapt_adamw",
+    "dog",
+    "dowg",
+    "galore",
+    "madgrad",
+    "momo",
+    "momo_adam",
+    "muon",
+    "prodigy",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "simplified_ademamix",
+    "sophia",
+]
+OPTIMIZERS = {
+    **{
+        name: getattr(optax, name)(RATE)
+        for name in ALIASES
+        if name != "optimistic_adam"
+    },
+    **{name: getattr(contrib, name)(RATE) for name in CONTRIB},
+    "noisy_sgd": optax.noisy_sgd(RATE, key=jax.random.key(0)),
+    "lbfgs": optax.lbfgs(RATE, linesearch=None),
+    "polyak_sgd": optax.polyak_sgd(RATE),
+    "mechanize": contrib.mechanize(optax.adam(RATE)),
+    "sam": contrib.sam(optax.sgd(RATE), optax.sgd(RATE), sync_period=2),
+    "schedule_free": contrib.schedule_free(optax.adam(RATE), RATE),
+    "reduce_on_plateau": optax.chain(optax.adam(RATE), contrib.reduce_on_plateau()),
+    "lookahead_inner": optax.chain(optax.ema(0.9), optax.sgd(RATE)),
+    "multi_steps": optax.MultiSteps(optax.adamw(RATE), 2),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=RATE),
+    "bfloat16_moments": optax.adam(RATE, mu_dtype=jnp.bfloat16),
+}
+# Not transformations of gradients like params: of gradients per example, of pairs of
+# params, of complex numbers; or deprecated names of what is here.
+LEFT_OUT = {"dpsgd", "optimistic_adam"}
+SPARSE = {
+    "prune": lambda inner: jopt.prune(inner, sparsity=0.5),
+    "static_sparse": lambda inner: jopt.static_sparse(inner, sparsity=0.5),
+    "set": contract.moving(jopt.set_, sparsity=0.5),
+    "rigl": contract.moving(jopt.rigl, sparsity=0.5),
+    "snfs": contract.moving(jopt.snfs, sparsity=0.5),
+}
+LOWEST = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
+
+
+def loss(params):
+    """A quadratic whose curvature differs from weight to weight."""
+    scale = jnp.arange(1.0, 65.0).reshape(8, 8)
+    return jnp.sum(scale * (params["kernel"] - 1) ** 2) / 64
+
+
+def test_no_optimizer_is_left_out():
+    for module, listed in ((optax, ALIASES), (contrib, CONTRIB)):
+        for name in dir(module):
+            fn = getattr(module, name)
+            if not inspect.isfunction(fn) or name.startswith(("_", "scale_by")):
+                continue
+            if "learning_rate" in inspect.signature(fn).parameters:
+                assert name in {*listed, *OPTIMIZERS, *LEFT_OUT}, name
+
+
+def extra_args(name, params):
+    """What some optimizers want beside params."""
+    value, grad = jax.value_and_grad(loss)(params)
+    if name == "sophia":
+        return grad, {"obj_fn": loss}
+    if name == "sam":  # takes none
+        return grad, {}
+    return grad, {"value": value}
+
+
+def run(wrapper, name, num_steps=3):
+    tx = wrapper(OPTIMIZERS[name])
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+
+    def step(params, state):
+        grad, extra = extra_args(name, params)
+        updates, state = tx.update(grad, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    shapes = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
+    compiled = jax.jit(step).lower(params, state).compile(compiler_options=LOWEST)
+    for _ in range(num_steps):
+        params, state = compiled(params, state)
+    after = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
+    assert after == shapes
+    assert bool(jnp.isfinite(params["kernel"]).all())
+    return tx, params, state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("wrapper", SPARSE)
+def test_keeps_exact_zeros(wrapper, name):
+    tx, params, state = run(SPARSE[wrapper], name)
+    mask = np.asarray(jopt.get_masks(state)["kernel"])
+    assert mask.sum() == 32
+    assert not np.any(np.asarray(params["kernel"])[~mask])
+    same = optax.tree.map_params(tx, lambda x: x, state)
+    contract.assert_same(same, state)
