@@ -7,6 +7,9 @@ fast while many weights are redundant and slowly near the end (Zhu and Gupta, To
 or not to prune, arXiv:1710.01878); its shape is `optax.polynomial_schedule`.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
 import optax
 
 
@@ -136,3 +139,43 @@ def cubic_sparsity(
     [0.0, 0.0, 0.7, 0.8, 0.8]
     """
     return _ramp(start, stop, begin_step, end_step, power=3)
+
+
+def geometric_sparsity(
+    rate: float, *, every_steps: int, begin_step: int = 0, stop: float = 1.0
+) -> optax.Schedule:
+    """Prune a fraction of what is left in each round: lottery tickets.
+
+    s(t) = 1 - (1 - rate)^k,   k = (t - begin_step) // every_steps + 1,   at most `stop`
+
+    Args:
+        rate: fraction of the remaining weights that each round prunes, in [0, 1].
+        every_steps: counts from one round to the next, at least 1.
+        begin_step: the count of the first round; 0 before it.
+        stop: the sparsity that no round goes beyond.
+
+    Returns:
+        A schedule, count -> sparsity.
+
+    Raises:
+        ValueError: a fraction is outside [0, 1], or a count is out of range.
+
+    References:
+        Frankle and Carbin, The Lottery Ticket Hypothesis, arXiv:1803.03635.
+
+    >>> schedule = geometric_sparsity(0.5, every_steps=10, begin_step=10)
+    >>> [float(schedule(t)) for t in (0, 10, 19, 20, 30)]
+    [0.0, 0.5, 0.5, 0.75, 0.875]
+    """
+    _check_fraction("rate", rate)
+    _check_fraction("stop", stop)
+    if every_steps < 1:
+        raise ValueError(f"every_steps must be at least 1, got {every_steps}")
+    if begin_step < 0:
+        raise ValueError(f"begin_step must be at least 0, got {begin_step}")
+
+    def schedule(count: Any) -> Any:
+        rounds = jnp.maximum((count - begin_step) // every_steps + 1, 0)
+        return jnp.minimum(1 - jnp.float32(1 - rate) ** rounds, stop)
+
+    return schedule

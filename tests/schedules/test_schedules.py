@@ -165,3 +165,25 @@ def test_schedules_drive_optax():
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.1)
     assert jopt.schedules is schedules
+
+
+def test_cosine_drop_is_the_published_curve():
+    schedule = jopt.schedules.cosine_drop(0.3, 10_000)
+    for t in (0, 1, 2_500, 9_999, 10_000, 20_000):
+        expected = 0.15 * (1 + np.cos(np.pi * min(t, 10_000) / 10_000))
+        np.testing.assert_allclose(schedule(t), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="fraction must be in"):
+        jopt.schedules.cosine_drop(1.5, 10)
+    with pytest.raises(ValueError, match="num_steps must be"):
+        jopt.schedules.cosine_drop(0.5, 0)
+
+
+def test_geometric_sparsity_prunes_a_part_of_what_is_left():
+    schedule = jopt.schedules.geometric_sparsity(
+        0.2, every_steps=100, begin_step=50, stop=0.6
+    )
+    for t in range(0, 1000, 50):
+        rounds = (t - 50) // 100 + 1 if t >= 50 else 0
+        expected = min(1 - 0.8**rounds, 0.6)
+        np.testing.assert_allclose(schedule(t), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(schedule)(t), expected, rtol=1e-6)
