@@ -1,13 +1,14 @@
 """Scores: how much each weight is worth keeping, higher = keep.
 
-A score is a function `(param, grad) -> scores` on one leaf, of the leaf's shape; a
-criterion of your own is such a function, passed by value:
+A score is a function `(param, grad) -> scores` on one leaf, of the leaf's shape, or on
+one layer of a leaf that stacks layers; a criterion of your own is such a function,
+passed by value:
 
     jopt.prune(inner, sparsity=0.9, scores=lambda param, grad: jnp.abs(param * grad))
 
 A criterion with memory, randomness, or an eye on the mask or the count is a `Score`:
-three functions on one leaf. All see what enters the step. Next: `allocation`, how many
-weights each leaf gives.
+three functions on one leaf. All see what enters the step. Next: `weights`,
+`gradients`, `at_initialization`: the criteria of the field.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,54 +72,41 @@ def as_score(scores: ScoreFunction | Score) -> Score:
     return Score(
         init=lambda param: (),
         update=lambda inputs, state: state,
-        scores=lambda inputs, state: scores(inputs.param, inputs.grad),
+        scores=lambda inputs, state: per_layer(
+            scores, inputs.stacked_axis, inputs.param, inputs.grad
+        ),
     )
 
 
-def magnitude(param: jax.Array, grad: jax.Array) -> jax.Array:
-    """Score by |w|.
+def per_layer(fn: Callable[..., Any], stacked_axis: int | None, *leaves: Any) -> Any:
+    """Call a function of one layer of each leaf for all layers that are stacked.
 
-    References:
-        Han et al., Learning both Weights and Connections for Efficient Neural Networks,
-        arXiv:1506.02626.
-
-    >>> import jax.numpy as jnp
-    >>> magnitude(jnp.array([-2.0, 1.0]), jnp.zeros(2))
-    Array([2., 1.], dtype=float32)
+    >>> per_layer(lambda w: w / w.sum(), 0, jnp.array([[1.0, 3.0], [2.0, 2.0]]))
+    Array([[0.25, 0.75],
+           [0.5 , 0.5 ]], dtype=float32)
     """
-    return jnp.abs(param)
+    if stacked_axis is None:
+        return fn(*leaves)
+    axes = tuple(None if leaf is None else stacked_axis for leaf in leaves)
+    return jax.vmap(fn, in_axes=axes, out_axes=stacked_axis)(*leaves)
 
 
-def saliency(param: jax.Array, grad: jax.Array) -> jax.Array:
-    """Score by |w g|, the first-order change of the loss if w were removed.
-
-    The gradient is that of the current step alone; the product is taken in float32,
-    where float16 would underflow and leave ties.
-
-    References:
-        Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
-        Inference, arXiv:1611.06440.
-
-    >>> import jax.numpy as jnp
-    >>> saliency(jnp.array([-2.0, 1.0]), jnp.array([0.5, 3.0]))
-    Array([1., 3.], dtype=float32)
-    """
-    wide = jnp.promote_types(param.dtype, jnp.float32)
-    return jnp.abs(param.astype(wide) * grad.astype(wide))
+def as_float32(x: jax.Array) -> jax.Array:
+    """Widen what is narrower than float32: products underflow there, and tie."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def random() -> Score:
-    """Score by independent uniform numbers, new ones at each mask update.
+def moving_average(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Return decay * old + (1 - decay) * new, in float32."""
+    return decay * old + (1 - decay) * new.astype(jnp.float32)
 
-    `jopt.prune` needs a `key=`, which it folds with the leaf's path and the count:
-    another layer in the model does not reshuffle this one.
 
-    >>> random().random
-    True
-    """
-    return Score(
-        init=lambda param: (),
-        update=lambda inputs, state: state,
-        scores=lambda inputs, state: jax.random.uniform(inputs.key, inputs.param.shape),
-        random=True,
-    )
+def check_decay(decay: float) -> None:
+    """Raise for what is no weight of the past."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay}; for example 0.9")
+
+
+def zeros_of(param: jax.Array) -> jax.Array:
+    """Return the float32 memory of a leaf, where the leaf lies."""
+    return jnp.zeros_like(param, jnp.float32)
