@@ -60,12 +60,11 @@ WRAPPERS = {
         sparsity=0.5, scores=jopt.scores.random(), key=jax.random.key(7)
     ),
     "prune_host": sparse(sparsity=0.5, update="host"),
+    "prune_average": sparse(sparsity=0.5, scores=jopt.scores.saliency(decay=0.9)),
     "static_sparse": lambda inner: jopt.static_sparse(
         inner, sparsity=0.5, allocation=jopt.allocation.uniform
     ),
-    "set": moving(jopt.set_, sparsity=0.5, allocation=jopt.allocation.uniform),
     "rigl": moving(jopt.rigl, sparsity=0.5, allocation=jopt.allocation.uniform),
-    "rigl_nm": moving(jopt.rigl, pattern=jopt.NM(2, 4)),
     "snfs": moving(jopt.snfs, sparsity=0.5),
     "quantize": snapped(INT8),
     "quantize_groups": snapped(INT4),
@@ -107,10 +106,9 @@ ZEROS = {
     "prune_channel": HALF,
     "prune_saliency": HALF,
     "prune_random": HALF,
+    "prune_average": HALF,
     "static_sparse": HALF,
-    "set": HALF,
     "rigl": HALF,
-    "rigl_nm": HALF,
 }
 
 
