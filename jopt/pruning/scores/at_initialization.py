@@ -84,6 +84,7 @@ def grasp(loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]) -
     >>> grasp(lambda p, x: jnp.sum(x * p["w"] ** 2) / 2, params, [jnp.ones(2)])
     {'w': Array([1., 4.], dtype=float32)}
     """
+    require_batches(batches)
     if iter(batches) is batches:
         raise TypeError(
             "batches must be iterable twice, got an iterator; pass list(batches)"

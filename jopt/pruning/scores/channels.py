@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt.arrays import axes
+from jopt.pruning import layers
 from jopt.pruning.scores.score import (
     Score,
     ScoreFunction,
@@ -77,7 +78,7 @@ def fpgm(*, axis: int = -1) -> ScoreFunction:
         total = unit * jnp.sum(jnp.where(flat, distances, 0.0), axis=1)
         total = jnp.where(flat, total, 0.0)
         finite = axes.gather_values(is_finite).reshape(-1)
-        return _spread(jnp.where(finite, total, jnp.nan), param, axis)
+        return _spread(jnp.where(finite, total, jnp.nan), param, (kept_axis,))
 
     return scores
 
@@ -147,32 +148,21 @@ def batch_norm_scale(scale_of: Mapping[str, str], *, axis: int = -1) -> Score:
     def scores(inputs: ScoreInputs, state: Any) -> jax.Array:
         if isinstance(inputs.context, Missing):
             raise ValueError(inputs.context.reason)
-        if inputs.stacked_axis is None:
-            return one_layer(inputs.param, inputs.context)
-        # The scales stack along their first axis, the kernels wherever they do.
-        gamma = inputs.context
-        if gamma.ndim != 2 or len(gamma) != inputs.param.shape[inputs.stacked_axis]:
+        param, gamma, stacked = inputs.param, inputs.context, inputs.stacked_axis
+        shape = layers.layer_shape(param.shape, stacked)
+        _check_axis("batch_norm_scale", axis, shape)
+        channel = axis % len(shape)
+        places: tuple[int, ...] = (channel,)
+        if stacked is not None:  # as a scale stacks: along its first axis
+            places = (stacked, channel + (channel >= stacked))
+        fits = tuple(param.shape[i] for i in places)
+        if gamma.shape != fits:
             raise ValueError(
-                "scale_of must name a scale of shape [layers, channels] for a stacked "
-                f"kernel, got shape {gamma.shape} for {inputs.param.shape} stacked "
-                f"along axis {inputs.stacked_axis}"
+                f"scale_of must name a scale of shape {fits}, one number per channel "
+                f"of each layer, got shape {gamma.shape} for a kernel of shape "
+                f"{param.shape} and axis {axis}; name another scale or another axis="
             )
-        spread = jax.vmap(
-            one_layer,
-            in_axes=(inputs.stacked_axis, 0),
-            out_axes=inputs.stacked_axis,
-        )
-        return spread(inputs.param, gamma)
-
-    def one_layer(param: jax.Array, gamma: jax.Array) -> jax.Array:
-        _check_axis("batch_norm_scale", axis, param.shape)
-        if gamma.shape != (param.shape[axis],):
-            raise ValueError(
-                "scale_of must name a scale of one number per channel, got shape "
-                f"{gamma.shape} for a kernel of shape {param.shape} and axis {axis}; "
-                "name another scale or another axis="
-            )
-        return _spread(jnp.abs(as_float32(gamma)), param, axis)
+        return _spread(jnp.abs(as_float32(gamma)), param, places)
 
     return Score(
         init=lambda param: (),
@@ -190,13 +180,15 @@ def _check_axis(name: str, axis: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def _spread(values: jax.Array, param: jax.Array, axis: int) -> jax.Array:
-    """Give every weight the value of its channel, laid out as the weights are."""
-    shape = [1] * param.ndim
-    shape[axis] = -1
-    channels = axes.lay_like(axes.gather_values(values).reshape(shape), param)
+def _spread(values: jax.Array, param: jax.Array, places: tuple[int, ...]) -> jax.Array:
+    """Give every weight the value for its indices along some axes, laid out alike."""
+    values = axes.gather_values(values)
+    if places != tuple(sorted(places)):
+        values = values.T
+    shape = [n if i in places else 1 for i, n in enumerate(param.shape)]
+    values = axes.lay_like(values.reshape(shape), param)
     # Zeros like the weights carry their sharding; compiled, nothing is added.
-    return channels + jnp.zeros_like(param, channels.dtype)
+    return values + jnp.zeros_like(param, values.dtype)
 
 
 def _check_path(path: str, names: list[str]) -> None:

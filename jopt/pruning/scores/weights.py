@@ -60,7 +60,8 @@ def lamp(param: jax.Array, grad: Any = None) -> jax.Array:
 
     With `jopt.allocation.global_ranking` layers then compete on equal terms: the
     largest weight of each scores 1. Equal weights count in the order of their index,
-    the lower as the larger. Within a layer the order is that of magnitude.
+    the lower as the larger. Within a layer the order is that of magnitude, down to
+    about 1e-18 of the largest, where scores are 0 in float32.
 
     It sorts the layer: one that is split over devices is gathered on each for it.
 
