@@ -6,6 +6,7 @@ leaves or devices is a plain sum and a carry. `num_pruned` turns a sparsity into
 in integers, so a schedule traced under `jit` and a Python float agree at every size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,29 @@ def as_count(number: "ArrayLike | Count") -> Count:
         )
     number = jnp.where(number > 0, number, 0).astype(jnp.uint32)
     return Count(number >> 16, number & 0xFFFF)
+
+
+def as_counts(numbers: Sequence[int]) -> Count:
+    """Widens several Python integers below 2^48.
+
+    >>> [int(limb[1]) for limb in as_counts([1, 2**32 + 5])]
+    [65536, 5]
+    """
+    high = np.array([n >> 16 for n in numbers], np.uint32)
+    low = np.array([n & 0xFFFF for n in numbers], np.uint32)
+    return Count(jnp.asarray(high), jnp.asarray(low))
+
+
+def from_float(number: jax.Array) -> Count:
+    """Widens whole float32 numbers; what is negative becomes 0, above 2^47 that.
+
+    >>> [int(limb) for limb in from_float(jnp.float32(65537))]
+    [1, 1]
+    """
+    number = jnp.clip(number, 0, np.float32(2**47))
+    high = jnp.floor(number / 65536)
+    low = number - high * 65536
+    return Count(high.astype(jnp.uint32), low.astype(jnp.uint32))
 
 
 def add(a: Count, b: Count) -> Count:

@@ -32,6 +32,7 @@ __all__ = [
     "Count",
     "Threshold",
     "find_threshold",
+    "mask_above",
     "num_pruned",
     "ordered_keys",
     "top_k_mask",
@@ -147,6 +148,27 @@ def find_threshold(
     """
     arrays = _filled([jnp.asarray(array) for array in scores])
     return _find_threshold(arrays, counts.as_count(k), axis_name)
+
+
+def mask_above(scores: ArrayLike, threshold: Threshold) -> jax.Array:
+    """Masks what is above a threshold, and as many of those on it as it needs.
+
+    Args:
+      scores: An array of any shape.
+      threshold: Of scores of the same type, with the need of this array.
+
+    Returns:
+      A boolean mask of the shape of the scores, True = keep.
+
+    >>> found = find_threshold([jnp.array([1.0, 2.0, 2.0])], 1)
+    >>> mask_above(jnp.array([1.0, 2.0, 2.0]), found)
+    Array([False,  True, False], dtype=bool)
+    """
+    array = jnp.asarray(scores)
+    if not array.size:
+        return jnp.zeros_like(array, jnp.bool_)
+    filled = array.reshape(array.shape or (1,))
+    return scans.keep_ties(filled, *threshold).reshape(array.shape)
 
 
 @functools.partial(jax.jit, static_argnums=2)
