@@ -118,8 +118,8 @@ class Threshold(NamedTuple):
     """Every key above `key` is kept, and of those equal to it the first `need`."""
 
     key: jax.Array  # uint32, an ordered key
-    need: Count
-    split: jax.Array  # whether some of the equal ones are not kept
+    need: Count | None
+    split: jax.Array | None  # whether some of the equal ones are not kept; None if not
 
 
 def find_threshold(
@@ -167,8 +167,13 @@ def mask_above(scores: ArrayLike, threshold: Threshold) -> jax.Array:
     array = jnp.asarray(scores)
     if not array.size:
         return jnp.zeros_like(array, jnp.bool_)
+    if threshold.need is None or threshold.split is None:
+        keys = scans.ordered_keys(array)
+        return keys >= threshold.key.astype(keys.dtype)
     filled = array.reshape(array.shape or (1,))
-    return scans.keep_ties(filled, *threshold).reshape(array.shape)
+    return scans.keep_ties(
+        filled, threshold.key, threshold.need, threshold.split
+    ).reshape(array.shape)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt.arrays import patterns
 from jopt.arrays.counts import Count
@@ -23,7 +24,11 @@ from jopt.pruning.allocation.ranking import cuts
 from jopt.pruning.leaves import Leaf
 from jopt.pruning.scores import Score, ScoreInputs
 
-_LOT_SIZE = 1 << 30  # scores; below 2^31, which is how far a slice is counted
+# Scores. Beyond 32 MiB memory goes back to the system and page faults cost more than
+# the search; beyond a fourth of all leaves the lots, and with them code, are few.
+_LOT_SIZE = 7 << 20
+_LOTS = 4
+_LARGEST_LOT = 1 << 30  # below 2^31, which is how far a slice is counted
 
 
 class _Lot(NamedTuple):
@@ -77,7 +82,7 @@ def _num_layers(leaf: Leaf) -> int:
 
 def _score_lots(leaves: Sequence[Leaf], score: Score) -> tuple[list[_Lot], jax.Array]:
     """Score all leaves into lots, and count what is not finite."""
-    found = []
+    found, has_nan = [], []
     total = jnp.zeros([], jnp.int32)
     for members in _make_lots(leaves):
         starts, rows = [], 0
@@ -87,18 +92,36 @@ def _score_lots(leaves: Sequence[Leaf], score: Score) -> tuple[list[_Lot], jax.A
         first = _arguments(leaves[members[0]])
         if len(members) == 1:
             scores, num_nonfinite = _score(*first, score=score)
-            total += num_nonfinite
         else:
-            shape, _ = _score.eval_shape(*first, score=score)
-            scores = jnp.zeros(
-                (rows, *shape.shape[1:]), shape.dtype, device=_place(leaves[members[0]])
-            )
+            shape: Any = _shape_of_scores(*first, score=score)
+            # As the leaves are, or what follows is compiled for both kinds.
+            place = _place(leaves[members[0]])
+            place = place if leaves[members[0]].inputs.param.committed else None
+            shape = (rows, *shape.shape[1:]), shape.dtype
+            scores = jnp.zeros(*shape, device=place)
+            num_nonfinite = jnp.zeros([], jnp.int32, device=place)
             for i, start in zip(members, starts, strict=True):
-                scores, total = _score_into(
-                    scores, total, start, *_arguments(leaves[i]), score=score
+                scores, num_nonfinite = _score_into(
+                    scores, num_nonfinite, start, *_arguments(leaves[i]), score=score
                 )
+        if _keeps_shape(leaves[members[0]].plan.pattern):
+            has_nan.append((_sum(scores), scores))
+        else:
+            total += num_nonfinite
         found.append(_Lot(members, starts, scores))
+    for number, scores in has_nan:  # asked when all are on their way
+        if np.isnan(number):
+            total += _count_nan([scores])
     return found, total
+
+
+def _keeps_shape(pattern: patterns.Pattern) -> bool:
+    """Tell whether units are weights, so that NaN can be counted in a whole lot."""
+    return isinstance(pattern, patterns.Unstructured)
+
+
+def _shape_of_scores(*arguments: Any, score: Score) -> Any:
+    return _score.eval_shape(*arguments, score=score)[0]  # type: ignore[no-untyped-call]
 
 
 def _arguments(leaf: Leaf) -> tuple[ScoreInputs, Any, int | None, patterns.Pattern]:
@@ -115,18 +138,21 @@ def _place(leaf: Leaf) -> Any:
 
 
 def _make_lots(leaves: Sequence[Leaf]) -> list[list[int]]:
-    """Put leaves together that one program can score, up to the lot size."""
-    lots: dict[Any, list[list[int]]] = {}
+    """Put leaves together that one program can score, in lots of even size."""
+    kinds: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         arrays, treedef = jax.tree.flatten(_arguments(leaf)[:2])
         place = _place(leaf)
         alike = (leaf.plan.stacked_axis, treedef, *map(jax.typeof, arrays))
-        same = lots.setdefault((i if place is None else place, alike), [[]])
-        size = leaf.inputs.param.size
-        if same[-1] and size * (len(same[-1]) + 1) > _LOT_SIZE:
-            same.append([])
-        same[-1].append(i)
-    return [lot for same in lots.values() for lot in same]
+        kinds.setdefault((i if place is None else place, alike), []).append(i)
+    everything = sum(leaf.inputs.param.size for leaf in leaves)
+    limit = min(max(_LOT_SIZE, everything // _LOTS), _LARGEST_LOT)
+    lots = []
+    for same in kinds.values():
+        most = max(limit // leaves[same[0]].inputs.param.size, 1)
+        each = -(-len(same) // -(-len(same) // most))
+        lots += [same[i : i + each] for i in range(0, len(same), each)]
+    return lots
 
 
 def _nm_masks(
@@ -142,10 +168,9 @@ def _nm_masks(
 
 def _finite_scores(
     inputs: ScoreInputs, score_state: Any, stacked_axis: int | None, score: Score
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     scores = masks.score_of(inputs, score_state, stacked_axis, score)
-    scores = layers.only_finite(scores)
-    return scores, layers.count_nan([scores])
+    return layers.only_finite(scores)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), static_argnames="score")
@@ -157,9 +182,11 @@ def _score(
     *,
     score: Score,
 ) -> tuple[jax.Array, jax.Array]:
-    """Score the units of one leaf, [layers, ...]."""
-    scores, num_nonfinite = _finite_scores(inputs, score_state, stacked_axis, score)
-    return layers.pool(scores, pattern), num_nonfinite
+    """Score the units of one leaf, [layers, ...], and count NaN if they are pooled."""
+    scores = _finite_scores(inputs, score_state, stacked_axis, score)
+    if _keeps_shape(pattern):
+        return scores, jnp.zeros([], jnp.int32)
+    return layers.pool(scores, pattern), layers.count_nan([scores])
 
 
 @functools.partial(
@@ -219,6 +246,10 @@ def _nm_mask(
     score: Score,
     is_packed: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    scores, num_nonfinite = _finite_scores(inputs, score_state, stacked_axis, score)
-    mask = layers.nm_masks(scores, pattern)
-    return layers.pack_layers(mask, stacked_axis, is_packed), num_nonfinite
+    scores = _finite_scores(inputs, score_state, stacked_axis, score)
+    mask = layers.pack_layers(layers.nm_masks(scores, pattern), stacked_axis, is_packed)
+    return mask, layers.count_nan([scores])
+
+
+_count_nan = jax.jit(layers.count_nan)
+_sum = jax.jit(lambda scores: jnp.sum(scores, dtype=jnp.float32))  # NaN if one is

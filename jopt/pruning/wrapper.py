@@ -215,7 +215,10 @@ def refresh(
     )
     packed, num_nonfinite = host.leaf_by_leaf(leaves, recipe, state.count)
     # Where the old masks lie: the training step is compiled for that.
-    placed = [jax.device_put(b, a.sharding) for a, b in zip(old, packed, strict=True)]
+    placed = [
+        b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
+        for a, b in zip(old, packed, strict=True)
+    ]
     return state._replace(masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite)
 
 

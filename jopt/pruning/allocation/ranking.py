@@ -28,6 +28,7 @@ from jopt.pruning.allocation.units import (
 )
 
 _Lots = tuple[tuple[int, ...], ...]
+_LOT_SIZE = 1 << 22  # scores; more are not copied to save code
 
 
 def global_ranking(units: Sequence[Units], sparsity: Any) -> list[Count]:
@@ -122,8 +123,16 @@ def cuts(
         return allocation(units, sparsity)
     k = num_kept(total_size(units), sparsity)
     scores = [u.scores for u in units]
-    order = tuple(tuple(map(int, places)) for places in ranks(units))
-    return _divide(scores, k, _lots_of(scores), order)
+    lots = _lots_of(scores)
+    threshold, keys = _find(scores, k, lots)
+    split = threshold.split
+    if not isinstance(split, jax.core.Tracer) and not bool(split):
+        return [Threshold(key, None, None) for key in keys]
+    return _deal_ties(scores, threshold, lots, _order(units))
+
+
+def _order(units: Sequence[Units]) -> _Lots:
+    return tuple(tuple(map(int, places)) for places in ranks(units))
 
 
 def _rank(
@@ -133,16 +142,19 @@ def _rank(
     dtype = jnp.result_type(*(x.dtype for x in scores))
     scores = [x.astype(dtype) for x in scores]
     k = num_kept(total_size(units), sparsity)
-    order = tuple(tuple(map(int, places)) for places in ranks(units))
-    return take_apart(units, _count_ranked(scores, k, _lots_of(scores), order))
+    kept = _count_ranked(scores, k, _lots_of(scores), _order(units))
+    return take_apart(units, kept)
 
 
 def _lots_of(scores: Sequence[jax.Array]) -> _Lots:
-    """Put what has one shape and place together: it is read by one loop."""
-    lots: dict[Any, list[int]] = {}
+    """Put what is small and has one shape and place together: one loop reads it."""
+    lots: dict[Any, list[list[int]]] = {}
     for i, x in enumerate(scores):
-        lots.setdefault((x.shape[1:], axes.named_sharding(x)), []).append(i)
-    return tuple(map(tuple, lots.values()))
+        same = lots.setdefault((x.shape[1:], axes.named_sharding(x)), [[]])
+        if same[-1] and sum(scores[j].size for j in same[-1]) + x.size > _LOT_SIZE:
+            same.append([])
+        same[-1].append(i)
+    return tuple(tuple(lot) for same in lots.values() for lot in same)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -156,30 +168,44 @@ def _count_ranked(
     above, ties = jax.tree.map(lambda *c: jnp.concatenate(c), *around)
     place = np.argsort([p for lot in lots for i in lot for p in order[i]])
     above, ties = (Count(*(limb[place] for limb in c)) for c in (above, ties))
+    assert threshold.need is not None
     return counts.add(above, counts.deal(threshold.need, ties))
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _find(
+    scores: list[jax.Array], k: Count, lots: _Lots
+) -> tuple[Threshold, list[jax.Array]]:
+    """Return the threshold of everything, and its key for each array's layers."""
+    threshold = selection.find_threshold(_stack(scores, lots), k)
+    return threshold, [jnp.broadcast_to(threshold.key, (len(x),)) for x in scores]
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _divide(
-    scores: list[jax.Array], k: Count, lots: _Lots, order: _Lots
+def _deal_ties(
+    scores: list[jax.Array], threshold: Threshold, lots: _Lots, order: _Lots
 ) -> list[Threshold]:
-    """Return the threshold of each array's layers, fields [layers]."""
+    """Return the threshold of each array's layers, fields [layers].
+
+    Ties are dealt out in the order in which the layers stand.
+    """
     stacked = _stack(scores, lots)
-    threshold = selection.find_threshold(stacked, k)
     place = np.argsort([p for lot in lots for i in lot for p in order[i]])
+    assert threshold.need is not None
+    assert threshold.split is not None
+    need = threshold.need
 
     def deal() -> Count:
-        """Ties are dealt out in the order in which the layers stand."""
         around = [_count_around(layers, threshold)[1] for layers in stacked]
         ties = jax.tree.map(lambda *c: jnp.concatenate(c)[place], *around)
-        return counts.deal(threshold.need, ties)
+        return counts.deal(need, ties)
 
     zeros = jnp.zeros(len(place), jnp.uint32) + (threshold.key & 0)
-    need = jax.lax.cond(threshold.split, deal, lambda: Count(zeros, zeros))
+    needs = jax.lax.cond(threshold.split, deal, lambda: Count(zeros, zeros))
     return [
         Threshold(
             jnp.broadcast_to(threshold.key, (len(places),)),
-            Count(*(limb[np.array(places)] for limb in need)),
+            Count(*(limb[np.array(places)] for limb in needs)),
             jnp.broadcast_to(threshold.split, (len(places),)),
         )
         for places in order

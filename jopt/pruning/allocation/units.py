@@ -6,6 +6,7 @@ shape each; `kept` has one `Count` of shape [layers] for each of them. Layers ar
 taken in the order of their positions, so how they are put into lists does not matter.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,14 @@ def _each_layer(count: Count, num_layers: int) -> Count:
 
 def num_kept(size: int, sparsity: Any) -> Count:
     """Count what a sparsity leaves of `size` units."""
-    pruned = counts.as_count(counts.num_pruned(size, sparsity))
+    pruned = counts.num_pruned(size, sparsity)
+    if isinstance(pruned, int):
+        return counts.as_count(size - pruned)
+    return _rest_of(size, pruned)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rest_of(size: int, pruned: Count) -> Count:
     return counts.subtract(counts.as_count(size), pruned)
 
 
