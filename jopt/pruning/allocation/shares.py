@@ -15,6 +15,10 @@ The resolution is that of float32: shares are right to a unit in layers below 2^
 units and to 1e-6 of the layer above, but for what the rounding of all layers together
 has to be made up for, at most half a unit per layer, spread in proportion.
 
+Where JaxPruner differs: it rounds each layer's density by itself in float32, so its
+counts need not add up (ours do; each is within a unit of its share), it is off by one
+from 2^24 weights on, and it takes a stacked leaf for one layer of that shape.
+
 `erk` and `er` take ratios from shapes: Evci et al., "Rigging the lottery",
 arXiv:1911.11134; Mocanu et al., arXiv:1707.04780.
 """
