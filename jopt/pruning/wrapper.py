@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 from jopt.arrays import packing
+from jopt.pruning import host, masks
 from jopt.pruning import leaves as chosen_leaves
-from jopt.pruning import masks
 from jopt.pruning.leaves import Choice, Leaf
 from jopt.pruning.scores import Score
 from jopt.pruning.state import PruneState
@@ -213,9 +213,12 @@ def refresh(
     leaves = chosen_leaves.gather(
         method.choice, method.score, state, params, grads, extra_args
     )
-    packed, num_nonfinite = masks.leaf_by_leaf(leaves, recipe, state.count)
+    packed, num_nonfinite = host.leaf_by_leaf(leaves, recipe, state.count)
     # Where the old masks lie: the training step is compiled for that.
-    placed = [jax.device_put(b, a.sharding) for a, b in zip(old, packed, strict=True)]
+    placed = [
+        b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
+        for a, b in zip(old, packed, strict=True)
+    ]
     return state._replace(masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite)
 
 
