@@ -56,7 +56,9 @@ from jopt.pruning import rigl as rigl
 from jopt.pruning import scores as scores
 from jopt.pruning import set_ as set_
 from jopt.pruning import snfs as snfs
+from jopt.pruning import sr_ste as sr_ste
 from jopt.pruning import static_sparse as static_sparse
+from jopt.pruning import ste as ste
 from jopt.pruning import update_masks as update_masks
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute

@@ -66,6 +66,8 @@ WRAPPERS = {
     ),
     "rigl": moving(jopt.rigl, sparsity=0.5, allocation=jopt.allocation.uniform),
     "snfs": moving(jopt.snfs, sparsity=0.5),
+    "ste": lambda inner: jopt.ste(inner, sparsity=0.5, every_steps=2),
+    "sr_ste": lambda inner: jopt.sr_ste(inner, decay=0.1, pattern=jopt.NM(2, 4)),
     "quantize": snapped(INT8),
     "quantize_groups": snapped(INT4),
     "quantize_asymmetric": snapped(
@@ -109,6 +111,8 @@ ZEROS = {
     "prune_average": HALF,
     "static_sparse": HALF,
     "rigl": HALF,
+    "ste": HALF,
+    "sr_ste": HALF,
 }
 
 

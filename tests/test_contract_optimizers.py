@@ -94,6 +94,7 @@ SPARSE = {
     "set": contract.moving(jopt.set_, sparsity=0.5),
     "rigl": contract.moving(jopt.rigl, sparsity=0.5),
     "snfs": contract.moving(jopt.snfs, sparsity=0.5),
+    "sr_ste": contract.WRAPPERS["sr_ste"],
 }
 LOWEST = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
 

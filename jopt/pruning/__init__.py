@@ -16,5 +16,7 @@ from jopt.pruning.state import PruneState as PruneState
 from jopt.pruning.state import apply_masks as apply_masks
 from jopt.pruning.state import get_masks as get_masks
 from jopt.pruning.state import update_masks as update_masks
+from jopt.pruning.straight_through import sr_ste as sr_ste
+from jopt.pruning.straight_through import ste as ste
 from jopt.pruning.tree_masks import iterative_masks as iterative_masks
 from jopt.pruning.tree_masks import make_masks as make_masks
