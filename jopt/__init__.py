@@ -46,12 +46,16 @@ from jopt.programs.record import Recording as Recording
 from jopt.programs.record import Statistic as Statistic
 from jopt.programs.record import record as record
 from jopt.programs.sites import SiteTable as SiteTable
+from jopt.pruning import ac_dc as ac_dc
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
 from jopt.pruning import get_masks as get_masks
 from jopt.pruning import iterative_masks as iterative_masks
 from jopt.pruning import make_masks as make_masks
+from jopt.pruning import proximal as proximal
+from jopt.pruning import proximal_maps as proximal_maps
 from jopt.pruning import prune as prune
+from jopt.pruning import rewind as rewind
 from jopt.pruning import rigl as rigl
 from jopt.pruning import scores as scores
 from jopt.pruning import set_ as set_
@@ -59,6 +63,7 @@ from jopt.pruning import snfs as snfs
 from jopt.pruning import sr_ste as sr_ste
 from jopt.pruning import static_sparse as static_sparse
 from jopt.pruning import ste as ste
+from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute

@@ -255,7 +255,7 @@ def _masked_latents(
             grads = map_masked(
                 lambda m, g, latent: _pulled(m, g, latent, decay), packed, updates, seen
             )
-        tx = project(inner, Projection(_unused, mask), begin_step=begin_step)
+        tx = project(inner, Projection(unused, mask), begin_step=begin_step)
         return tx.update(grads, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -271,7 +271,7 @@ def latents(
     chosen = jax.tree.map(
         lambda mask: not is_masked_node(mask), packed, is_leaf=is_masked_node
     )
-    projection = Projection(lambda latent: projection_state, _unused)
+    projection = Projection(lambda latent: projection_state, unused)
     state: ProjectState = project(inner, projection, select=chosen).init(params)
     return state
 
@@ -281,7 +281,8 @@ def masked_value(packed: jax.Array, latent: jax.Array) -> jax.Array:
     return jnp.where(packing.unpack_mask(packed), latent, jnp.zeros_like(latent))
 
 
-def _unused(*args: Any) -> Any:
+def unused(*args: Any) -> Any:
+    """Stand for what a projection of one update does not need."""
     raise AssertionError("the projection belongs to one update")
 
 
