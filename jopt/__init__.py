@@ -11,7 +11,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
                   formats, QuantSpec, QuantizedArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata
-    an update     project, prune, quantize_weights, get_masks, apply_masks,
+    an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
+                  proximal_maps, quantize_weights, get_masks, apply_masks,
                   update_masks, get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize

@@ -132,6 +132,8 @@ ZEROS = {
     "ac_dc": HALF,
     "rewind": HALF,
 }
+# Wrappers that add up weights, which on a mesh are added in another order.
+ROUNDED = {"proximal_group"}
 
 
 def make_params(dtype=jnp.float32):

@@ -175,7 +175,8 @@ def _start_anew(old: Any, fresh: Any) -> Any:
 
     def merge(a: Any, b: Any) -> Any:
         if not isinstance(a, PruneState):
-            return b
+            # Moments of integers begin as integers and go on as floats.
+            return b if a.dtype == b.dtype else b.astype(a.dtype)
         inner_state = _start_anew(a.inner_state, b.inner_state)
         return a._replace(score_state=b.score_state, inner_state=inner_state)
 
