@@ -79,7 +79,7 @@ WRAPPERS = {
         inner, jopt.proximal_maps.l1(0.05), end_step=3
     ),
     "proximal_group": lambda inner: jopt.proximal(
-        inner, jopt.proximal_maps.group_lasso(0.05, jopt.Block((4, 4))), end_step=1
+        inner, jopt.proximal_maps.group_lasso(0.9, jopt.Block((4, 4))), end_step=1
     ),
     "quantize": snapped(INT8),
     "quantize_groups": snapped(INT4),

@@ -2,7 +2,9 @@
 
 Reading order: `scores` (how much each weight is worth), `allocation` (how many each
 leaf keeps), `masks` (scores to masks for many leaves), `state` (what the wrapper
-remembers, and how to read it), `prune` (the optimizer wrapper).
+remembers, and how to read it), `prune` (the optimizer wrapper). Then its kin: `dynamic`
+(masks that move), `straight_through` and `top_kast` (dense latents), `phases`,
+`rewind`, and `proximal` (a penalty makes the zeros).
 """
 
 from jopt.pruning import allocation as allocation

@@ -10,11 +10,13 @@ schedule it follows the learning rate, or ramps up.
     group_lasso     sum over groups of sqrt(size) ||v||   shrinks groups whole
     hard_threshold  number of v that are not zero         hard threshold
 
-Groups are those of a pattern: `Channel(-1)` for the outputs of a kernel and for the
-filters of a convolution `[height, width, in, out]`, `Channel(i)` for any other axis,
-`Block((1, k))` for k neighbours, `Block` of the size of a head's columns for heads, and
-of the shape of the leaf for whole layers. Not here: a penalty on the rank, which makes
-no zeros; a given sparsity, per leaf or over all, and N:M, which are `jopt.prune`.
+Groups are those of a pattern. The groupers of torchao's PAT are written so: element
+`Unstructured()`; dim `Channel(axis)`; filter of a convolution [height, width, in, out]
+`Channel(-1)`; k elements `Block((1, k))` or `Block((k, 1))`; head `Block((in, k))` for
+k columns of a kernel with `in` rows; layer `Block(shape of the leaf)`. Its lasso and
+group lasso are here. Its maps to a given sparsity, of a leaf or of all, and to N:M are
+the business of `jopt.prune`. Not here: those of singular values (nuclear norm, rank),
+which make no zeros.
 
 References:
     Parikh and Boyd, Proximal Algorithms, Foundations and Trends in Optimization 1(3),

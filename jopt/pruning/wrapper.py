@@ -48,7 +48,6 @@ class Method(NamedTuple):
             where they keep everything.
         sparse_gradients: whether the inner optimizer sees gradients, and keeps moments,
             only of weights that are kept. Moments of weights that come back start anew.
-        hold: whether weights outside of the mask stay as they are, in place of zero.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Method(NamedTuple):
     renew: Callable[[list[Leaf], jax.Array], Masks] | None
     start: Any = None  # masks.Recipe | tree of masks | None
     sparse_gradients: bool = False
-    hold: bool = False
 
 
 def due(
@@ -112,10 +110,7 @@ def masked(
                 grown = _grown(state.masks, new.masks, params)
                 inner_state = resets.reset_where(inner, inner_state, params, grown)
         steps, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        if method.hold:
-            new_updates = map_masked(keep_where, new.masks, steps)
-        else:
-            new_updates = map_masked(mask_step, new.masks, steps, params)
+        new_updates = map_masked(mask_step, new.masks, steps, params)
         return new_updates, new._replace(
             count=optax.safe_increment(state.count), inner_state=inner_state
         )
