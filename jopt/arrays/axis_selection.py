@@ -4,7 +4,8 @@
 
 The search of `selection`, for a matrix of columns: each column has a bracket of its
 own, four probes part it in five, and one read of the matrix counts for all columns.
-Fourteen reads part 2^32 keys. Of the elements equal to t_j those of the lowest index are kept.
+Fourteen reads part 2^32 keys. Of the elements equal to t_j those of the lowest index
+are kept.
 """
 
 import jax
