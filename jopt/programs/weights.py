@@ -333,18 +333,41 @@ def shared_batch(site: Site, value: jax.Array, view: View | None = None) -> jax.
     Returns:
         `[batch, ...]`, the batch of the layout.
     """
+    atoms = _batch(site, view)
+    repeated = tuple(i for i, atom in enumerate(atoms) if atom.axis == REPEATED)
+    if not repeated:
+        return value
+    split = value.reshape([*(atom.size for atom in atoms), *value.shape[1:]])
+    return jnp.sum(split, axis=repeated).reshape(-1, *value.shape[1:])
+
+
+def repeated_batch(site: Site, value: jax.Array, view: View | None = None) -> jax.Array:
+    """Repeat matrices along the batch dimensions that share them.
+
+    Args:
+        site: with a layout.
+        value: `[batch, ...]`, the batch of the layout.
+        view: as in `layout`.
+
+    Returns:
+        `[batch, ...]`, the batch of `input_matrix`.
+    """
+    atoms = _batch(site, view)
+    rest = value.shape[1:]
+    own = [1 if atom.axis == REPEATED else atom.size for atom in atoms]
+    whole = [atom.size for atom in atoms]
+    split = jnp.broadcast_to(value.reshape([*own, *rest]), [*whole, *rest])
+    return split.reshape(-1, *rest)
+
+
+def _batch(site: Site, view: View | None) -> list[Atom]:
+    """List the atoms of the batch dimensions of a site's weight."""
     view = site.view if view is None else view
     assert view is not None
     axes = _axes(site, [math.prod(a.size for a in dim) for dim in view.dims])
     parted = views.reshape(view, axes.shape)
     assert parted is not None
-    atoms = [atom for axis in axes.batch for atom in parted.dims[axis]]
-    repeated = tuple(i for i, atom in enumerate(atoms) if atom.axis == REPEATED)
-    if not repeated:
-        return value
-    rest = value.shape[1:]
-    split = value.reshape([*(atom.size for atom in atoms), *rest])
-    return jnp.sum(split, axis=repeated).reshape(-1, *rest)
+    return [atom for axis in axes.batch for atom in parted.dims[axis]]
 
 
 class Part(NamedTuple):
