@@ -14,7 +14,7 @@ transposes that the view of the leaf writes down, so each undoes the other exact
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

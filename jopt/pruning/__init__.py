@@ -2,7 +2,8 @@
 
 Reading order: `scores` (how much each weight is worth), `allocation` (how many each
 leaf keeps), `masks` (scores to masks for many leaves), `state` (what the wrapper
-remembers, and how to read it), `prune` (the optimizer wrapper).
+remembers, and how to read it), `prune` (the optimizer wrapper), `one_shot` (pruning
+with calibration data, no training).
 """
 
 from jopt.pruning import allocation as allocation
@@ -11,7 +12,10 @@ from jopt.pruning.dynamic import rigl as rigl
 from jopt.pruning.dynamic import set_ as set_
 from jopt.pruning.dynamic import snfs as snfs
 from jopt.pruning.dynamic import static_sparse as static_sparse
+from jopt.pruning.one_shot import sparsegpt as sparsegpt
+from jopt.pruning.one_shot import wanda as wanda
 from jopt.pruning.prune import prune as prune
+from jopt.pruning.reconstruction import OneShotReport as OneShotReport
 from jopt.pruning.state import PruneState as PruneState
 from jopt.pruning.state import apply_masks as apply_masks
 from jopt.pruning.state import get_masks as get_masks
