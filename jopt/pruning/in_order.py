@@ -254,7 +254,13 @@ def prune_all_at_once(
     if budget is not None:
         shares = _shares(budget, work, _squares_of(targets, found, method.moments))
     everything: dict[int, Solved] = {}
-    for i, target in enumerate(targets):
+    order = [
+        (i, step.layer)
+        for step in _steps(Sources(analysis.traced.body), targets)
+        for i in step.targets
+    ]
+    for i in dict.fromkeys(i for i, _ in order):
+        target = targets[i]
         moments = passes.of_target(target, found, "moments")
         seen = passes.of_target(target, found, "seen")
         solved = work.prune(i, None, moments, seen, shares[i])
@@ -270,8 +276,7 @@ def prune_all_at_once(
         for layer in range(layers):
             one = jax.tree.map(lambda x, layer=layer: x[layer], split)
             work.note(i, layer, one, sums[layer])
-    steps = _steps(Sources(analysis.traced.body), targets)
-    return work.result([(i, step.layer) for step in steps for i in step.targets])
+    return work.result(order)
 
 
 def _measured_errors(
@@ -299,8 +304,7 @@ def _measured_errors(
 
 def _steps(sources: Sources, targets: Sequence[Target]) -> list[_Step]:
     """Sort the layers of all targets, those with one input together."""
-    groups: dict[Any, list[int]] = {}
-    first: dict[Any, Any] = {}
+    groups: dict[Any, list[tuple[Any, int]]] = {}
     for i, target in enumerate(targets):
         _, batch, columns, _ = target.layout.sizes
         for layer in range(target.layout.sizes[0]):
@@ -317,9 +321,9 @@ def _steps(sources: Sources, targets: Sequence[Target]) -> list[_Step]:
                 inputs.append((sources.input_of(site), tuple(layers.items())))
                 moments.append(sources.order(site, layers))
             key: Any = (frozenset(Counter(inputs).items()), batch, columns, layer)
-            groups.setdefault(key, []).append(i)
-            first[key] = min([*moments, *([first[key]] if key in first else [])])
-    return [_Step(groups[key], key[-1]) for key in sorted(first, key=first.__getitem__)]
+            groups.setdefault(key, []).append((min(moments), i))
+    ordered = sorted((sorted(members), key[-1]) for key, members in groups.items())
+    return [_Step([i for _, i in members], layer) for members, layer in ordered]
 
 
 def _squares_of(

@@ -123,13 +123,13 @@ def _of_leaf(
         if unread is not None and unread.reachable:
             return f"computed with before it reaches {unread.name}"
         return table.uncovered.get(path, "no product reads it")
-    others = [s.name for s in consumers if s.name not in known]
+    lookups = [s.name for s in consumers if s.kind == "gather"]
+    others = [s.name for s in consumers if s.name not in (*known, *lookups)]
     others += table.other_uses.get(path, ())
-    if others and is_default:
-        return (
-            f"also used by {', '.join(others)}, whose inputs are not seen; "
-            "select it to prune it all the same"
-        )
+    if (lookups or others) and is_default:
+        kinds = ["looked up"] * bool(lookups)
+        kinds += [f"used by {', '.join(others)}"] * bool(others)
+        return f"also {' and '.join(kinds)}; select it to prune it all the same"
     try:
         layouts = [
             layout(site, table.leaves[path].shape, view=part.view)
