@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jopt.programs.counts import sites
 from jopt.programs.handlers import Handler
@@ -26,6 +27,10 @@ LEFT = {
     "lora": {"derived": "computed"},
     "shard_map_tp": {"up": "only as the program runs", "down": "only as the"},
 }
+
+
+def draw(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def is_product(site):
@@ -121,3 +126,93 @@ def assert_proportional(found, expected, tolerance):
     np.testing.assert_allclose(
         found / factor, expected, atol=tolerance * np.abs(expected).max()
     )
+
+
+def met_and_read(apply, params, *inputs):
+    """Per site: the matrices that multiplied, and those of the layout."""
+    model = zoo.Model(apply, params, inputs, {})
+    found = {}
+    for name, met in matrices_met(model).items():
+        assert jnp.max(met["far"]) < 1e-5
+        site = sites(apply, params, *inputs)[name]
+        leaf = params[site.path]
+        place = layout(site, leaf.shape)
+        found[name] = met["w"].reshape(place.sizes), place.to_matrices(leaf)
+    return found
+
+
+def test_slices_reversals_and_nested_loops_are_undone():
+    def apply(params, x):
+        def outer(x, one):
+            x, _ = lax.scan(lambda x, w: (jnp.tanh(w @ x), None), x, one, reverse=True)
+            return x, None
+
+        # Axes 2 and 0 stack layers, in this order, from the second on.
+        nested = jnp.transpose(params["nested"][1:], (2, 0, 3, 1))
+        x, _ = lax.scan(outer, x, nested)
+        x = params["w"][1:9:2, ::-1] @ x
+        back = lax.rev(params["w"].reshape(4, 3, 4), (0, 2))[:, 1].T
+        return x, back @ x
+
+    params = {"nested": draw(3, 4, 2, 4), "w": draw(12, 4)}
+    found = met_and_read(apply, params, draw(4, 5))
+    assert found["nested"][0].shape == (4, 1, 4, 4)
+    assert len(found) == 3
+    for met, read in found.values():
+        np.testing.assert_array_equal(met, read)
+
+
+def test_grouped_dilated_and_transposed_convolutions():
+    def apply(params, x):
+        def conv(x, w, **kwargs):
+            return lax.conv_general_dilated(x, w, **kwargs)
+
+        images = conv(
+            x,
+            params["images"],
+            window_strides=(1,),
+            padding="SAME",
+            batch_group_count=2,
+        )
+        features = conv(
+            x,
+            params["features"],
+            window_strides=(2,),
+            padding=[(1, 2)],
+            rhs_dilation=(2,),
+            feature_group_count=2,
+        )
+        back = conv(
+            features,
+            lax.rev(params["back"], (2,)),
+            window_strides=(1,),
+            padding=[(2, 2)],
+            lhs_dilation=(2,),
+        )
+        return images, back
+
+    shapes = {"images": (6, 4, 3), "features": (8, 2, 3), "back": (5, 8, 3)}
+    params = {name: draw(*shape) for name, shape in shapes.items()}
+    found = met_and_read(apply, params, draw(4, 4, 9))
+    assert found["images"][0].shape == (1, 2, 12, 3)
+    assert found["features"][0].shape == (1, 2, 6, 4)
+    for name, (met, read) in found.items():
+        np.testing.assert_array_equal(met, read, err_msg=name)
+        assert name in params
+
+
+def test_what_cannot_be_undone_says_why():
+    def apply(params, x):
+        gaps = params["gaps"].reshape(4, 3, 4)[:, :2].reshape(8, 4)
+        x = gaps @ x
+        repeated = jnp.broadcast_to(params["row"][None], (6, 8))
+        return repeated @ x, lax.dynamic_slice(params["part"], (n(x), 0), (2, 8)) @ x
+
+    def n(x):
+        return jnp.argmax(x[:3, 0])
+
+    params = {"gaps": draw(12, 4), "row": draw(8), "part": draw(5, 8)}
+    table = sites(apply, params, draw(4, 2))
+    for name, match in (("gaps", "gaps"), ("row", "repeated"), ("part", "only as")):
+        with pytest.raises(LayoutError, match=match):
+            layout(table[name], params[name].shape)
