@@ -348,7 +348,14 @@ def _shares(
         weights = jnp.abs(read(leaf, None, layout=target.layout).astype(jnp.float32))
         layers = weights.shape[0]
         scores = weights * jnp.sqrt(on_every_device(each))[..., None]
-        units.append(Units(scores, tuple(range(start, start + layers))))
+        units.append(
+            Units(
+                scores,
+                tuple(range(start, start + layers)),
+                tuple(map(target.layer_name, range(layers))),
+                target.layer_shape,
+            )
+        )
         start += layers
     shares = []
     for unit, kept in zip(units, allocation(units, sparsity), strict=True):

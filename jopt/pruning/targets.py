@@ -49,6 +49,14 @@ class Target(NamedTuple):
         """Whether the leaf stacks layers."""
         return any(self.own_layers(*self.uses[0]))
 
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of one layer: of the leaf, or of the matrices in a part of it."""
+        if not self.layout.is_whole:
+            return self.layout.sizes[1:]
+        stacked = self.layout.stacked_axes
+        return tuple(n for a, n in enumerate(self.layout.shape) if a not in stacked)
+
     def own_layers(self, site: Site, part: Part) -> tuple[bool, ...]:
         """Say which leading axes of a site's statistics are layers of the leaf."""
         return layered(site, part.view, self.layout.shape)
