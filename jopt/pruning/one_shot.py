@@ -21,7 +21,7 @@ from jopt.programs.record import inputs_of, require_batches
 from jopt.pruning.allocation import Allocation
 from jopt.pruning.in_order import prune_all_at_once, prune_in_order
 from jopt.pruning.reconstruction import OneShotReport
-from jopt.pruning.solving import Method
+from jopt.pruning.solving import Method, check
 from jopt.pruning.sparsegpt import sparsegpt_matrix
 from jopt.pruning.targets import find_targets, resolve_goals
 from jopt.pruning.wanda import wanda_matrix
@@ -222,6 +222,7 @@ def _one_shot(
             f"{method.name} must have something to prune, got no leaf that it can "
             f"({listed or 'none is selected'}); choose others with select"
         )
+    check(method, targets)  # before the first pass
     prune = prune_in_order if error_propagation else prune_all_at_once
     return prune(
         method,

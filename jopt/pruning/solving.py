@@ -1,7 +1,7 @@
 """Prune matrices of one shape, and say what that costs: one program per shape."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jopt.arrays.patterns import Pattern
 from jopt.programs.layouts import Layout
 from jopt.pruning.passes import Moments, probe
+from jopt.pruning.targets import Target
 
 
 class Method(NamedTuple):
@@ -27,6 +28,26 @@ class Method(NamedTuple):
     matrix: Callable[..., tuple[jax.Array, jax.Array]]
     moments: Moments
     options: tuple[tuple[str, Any], ...] = ()
+
+
+def check(method: Method, targets: Sequence[Target]) -> None:
+    """Raise what a method has to say of its arguments, without computing anything.
+
+    Args:
+        method: with its options.
+        targets: with their goals.
+    """
+    for columns, outputs, goal in {(*t.layout.sizes[2:], t.goal) for t in targets}:
+        is_gram = method.moments == "gram"
+        moments = (columns, columns) if is_gram else (columns,)
+        solve_one = functools.partial(
+            method.matrix,
+            sparsity=goal.sparsity,
+            pattern=goal.pattern,
+            **dict(method.options),
+        )
+        shapes = [(columns, outputs), moments]
+        jax.eval_shape(lambda: solve_one(*map(jnp.zeros, shapes)))  # noqa: B023
 
 
 class Solved(NamedTuple):
