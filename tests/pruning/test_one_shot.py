@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jopt
@@ -419,31 +419,40 @@ def test_rules_and_allocations_give_each_layer_its_own_sparsity(name, in_order):
     assert zeros == pytest.approx(0.5 * (6 * 8 + 8 * 5), abs=8)  # rounded per output
 
 
-@pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
-@every_method
-def test_on_a_mesh_the_masks_are_those_of_one_device(name, kind, request):
-    mesh = request.getfixturevalue(kind)
-    rng = np.random.default_rng(0)
+def split_model(params, x):
+    """Products split over both axes of a mesh, and layers in a scan."""
 
-    def apply(params, x):
-        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
-        return x @ params["head"]
+    def times(x, w, *spec):
+        mesh = jax.typeof(x).sharding.mesh
+        place = None if mesh.empty else NamedSharding(mesh, P(*spec))
+        return jnp.einsum("bi,io->bo", x, w, out_sharding=place)
 
-    params = {
-        "layers": jnp.float32(0.3 * rng.normal(size=(2, 16, 16))),
-        "head": jnp.float32(rng.normal(size=(16, 8))),
-    }
-    batches = [jnp.float32(rng.normal(size=(24, 16))) for _ in range(2)]
-    specs = {"layers": P(), "head": P()}
-    if kind == "auto_mesh":
-        specs = {"layers": P(None, None, "data"), "head": P("data")}
+    h = jnp.tanh(times(x, params["up"], "data", "model"))
+    h = times(h, params["down"], "data", None)
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["layers"])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "in_order"),
+    [  # nearly all of the time goes into compiling for eight devices
+        ("sparsegpt", "Auto", True),
+        ("wanda", "Explicit", True),
+        ("wanda", "Explicit", False),
+    ],
+)
+def test_on_a_mesh_the_masks_are_those_of_one_device(name, kind, in_order):
+    kinds = (AxisType[kind],) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    params = {"up": draw(8, 8), "down": draw(8, 8, seed=1)}
+    params["layers"] = 0.3 * draw(2, 8, 8, seed=2)
+    specs = {"up": P(None, "model"), "down": P("model"), "layers": P()}
     shardings = {key: NamedSharding(mesh, spec) for key, spec in specs.items()}
     placed = jax.tree.map(jax.device_put, params, shardings)
-    spread = [jax.device_put(b, NamedSharding(mesh, P("data"))) for b in batches]
-    # Each way once: nearly all of the time goes into compiling for eight devices.
-    options = {"error_propagation": (name == "wanda") == (kind == "auto_mesh")}
-    sparse, masks, report = prune(name, apply, placed, spread, **options)
-    alone, expected, rows = prune(name, apply, params, batches, **options)
+    batches = [draw(24, 8, seed=i) for i in (4, 5)]
+    spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
+    options = {"error_propagation": in_order}
+    sparse, masks, report = prune(name, split_model, placed, spread, **options)
+    alone, expected, rows = prune(name, split_model, params, batches, **options)
     for key in params:
         np.testing.assert_array_equal(masks[key], expected[key])
         close(sparse[key], alone[key], rtol=1e-3)
