@@ -17,7 +17,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a value       schedules
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
-                  fake_quantize, calibrate with observers, execute
+                  fake_quantize, calibrate with observers, execute;
+                  sparsegpt and wanda
     a loss        distillation
 """
 
@@ -47,6 +48,7 @@ from jopt.programs.record import Recording as Recording
 from jopt.programs.record import Statistic as Statistic
 from jopt.programs.record import record as record
 from jopt.programs.sites import SiteTable as SiteTable
+from jopt.pruning import OneShotReport as OneShotReport
 from jopt.pruning import ac_dc as ac_dc
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
@@ -61,11 +63,13 @@ from jopt.pruning import rigl as rigl
 from jopt.pruning import scores as scores
 from jopt.pruning import set_ as set_
 from jopt.pruning import snfs as snfs
+from jopt.pruning import sparsegpt as sparsegpt
 from jopt.pruning import sr_ste as sr_ste
 from jopt.pruning import static_sparse as static_sparse
 from jopt.pruning import ste as ste
 from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
+from jopt.pruning import wanda as wanda
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jopt.arrays import patterns, selection
-from jopt.pruning import wanda
+from jopt.pruning.wanda import along_inputs, num_kept
 
 _STRIP = 16  # inputs whose errors are passed on one by one
 _ROWS = 512  # of later inputs that are updated by one product
@@ -100,7 +100,7 @@ def check_matrix(
             f"pattern must be Unstructured() or NM(n, m) for SparseGPT, got {pattern}; "
             "jopt.wanda takes all patterns"
         )
-    patterns.check_pattern(wanda.along_inputs(pattern), shape, path=path)
+    patterns.check_pattern(along_inputs(pattern), shape, path=path)
     is_nm = isinstance(pattern, patterns.NM)
     if is_nm and sparsity is not None:
         raise ValueError(f"sparsity must be None with {pattern}, got {sparsity}")
@@ -156,7 +156,7 @@ def prune_with_factor(
     kept = None
     if not isinstance(pattern, patterns.NM):
         ends = [min(i + block, size) for i in range(0, size, block)]
-        upto = [wanda.num_kept(end * num_outputs, sparsity) for end in ends]
+        upto = [num_kept(end * num_outputs, sparsity) for end in ends]
         kept = jnp.diff(jnp.stack([jnp.int32(0), *map(jnp.int32, upto)]))
     return _prune(weights, factor, dead, kept, pattern, block, strip)
 
@@ -249,7 +249,7 @@ def _prune_block(
             scale = lax.dynamic_slice_in_dim(diagonal, begin + here, group)
             mine = lax.dynamic_slice_in_dim(rows, here, group)
             scores = jnp.square(mine / scale[:, None])
-            chosen = patterns.make_mask(scores, pattern=wanda.along_inputs(pattern))
+            chosen = patterns.make_mask(scores, pattern=along_inputs(pattern))
             mask = lax.dynamic_update_slice_in_dim(mask, chosen, here, 0)
 
         def prune_row(i: jax.Array, carry: Any) -> Any:
