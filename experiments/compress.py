@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -355,14 +354,5 @@ def main(config: Config) -> None:
     )
 
 
-def cli() -> None:
-    """Parse the command line; wrong options end with one sentence."""
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
 if __name__ == "__main__":
-    cli()
+    records.run(main, Config, __doc__)

@@ -1,10 +1,16 @@
 """Folders that belong to one experiment, and files that are whole or not there."""
 
+import datetime
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
 
 
 def write_atomically(file: Path, content: str) -> None:
@@ -52,3 +58,17 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     texts = ["| " + " | ".join(cells) + " |" for cells in lines]
     rule = "|---|" + "---:|" * (len(heads) - 1)
     return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def say(line: str) -> None:
+    """Print with the time of day, at once: someone may be watching a log file."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
+
+
+def run(main: Callable[[Config], None], config: type[Config], text: str | None) -> None:
+    """Run a job with options from the command line; wrong ones end with a sentence."""
+    try:
+        main(tyro.cli(config, description=text))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -13,137 +13,21 @@ last checkpoint. `--summarize` only looks at what is there.
 """
 
 import dataclasses
-import datetime
 import json
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import tyro
 
-import jopt
 from experiments import compress, models, plots, records, train
 from experiments import data as datasets
 from experiments.benchmarks import measure
+from experiments.claims.sparse_methods import METHODS, Plan
 from experiments.variants import adamw
 
 NAME = "sparse_training"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a method is made from."""
-
-    inner: optax.GradientTransformation
-    sparsity: float
-    steps: int
-    key: jax.Array
-
-    @property
-    def end(self) -> int:
-        """The count of the last change of a mask."""
-        return max(3 * self.steps // 4, 1)
-
-    @property
-    def every(self) -> int:
-        """The steps between two changes."""
-        return max(self.steps // 40, 1)
-
-    @property
-    def ramp(self) -> optax.Schedule:
-        """Sparsity by count."""
-        return jopt.schedules.cubic_sparsity(
-            0.0, self.sparsity, begin_step=self.steps // 10, end_step=self.end
-        )
-
-
-def pruned(plan: Plan, scores: Any, **options: Any) -> optax.GradientTransformation:
-    """Prune gradually by some scores."""
-    return jopt.prune(
-        plan.inner,
-        sparsity=plan.ramp,
-        every_steps=plan.every,
-        end_step=plan.end,
-        scores=scores,
-        **options,
-    )
-
-
-def random_once() -> jopt.scores.Score:
-    """Random scores under which what is pruned stays pruned, as JaxPruner's do.
-
-    New numbers for all weights at each update would keep moving the mask, and what
-    comes back has lost its value.
-    """
-    random = jopt.scores.random()
-
-    def scores(inputs, state):
-        return jnp.where(inputs.mask, random.scores(inputs, state), -1.0)
-
-    return random._replace(scores=scores)
-
-
-def competing(scores: Any) -> dict[str, Any]:
-    """Let all leaves compete by normalised scores."""
-    return {
-        "scores": jopt.scores.normalized(scores),
-        "allocation": jopt.allocation.global_ranking,
-    }
-
-
-METHODS: dict[str, tuple[str, Callable[[Plan], optax.GradientTransformation]]] = {
-    "dense": ("dense", lambda plan: plan.inner),
-    "random": ("random", lambda plan: pruned(plan, random_once(), key=plan.key)),
-    "magnitude": ("magnitude", lambda plan: pruned(plan, jopt.scores.magnitude)),
-    "global_magnitude": (
-        "global magnitude",
-        lambda plan: pruned(plan, **competing(jopt.scores.magnitude)),
-    ),
-    "saliency": ("saliency", lambda plan: pruned(plan, jopt.scores.saliency)),
-    "global_saliency": (
-        "global saliency",
-        lambda plan: pruned(plan, **competing(jopt.scores.saliency)),
-    ),
-    # The mask is chosen anew on every step, among all dense weights.
-    "ste": (
-        "STE magnitude",
-        lambda plan: jopt.ste(plan.inner, sparsity=plan.ramp, every_steps=1),
-    ),
-    "static": (
-        "static random",
-        lambda plan: jopt.static_sparse(
-            plan.inner, sparsity=plan.sparsity, key=plan.key
-        ),
-    ),
-    "set": (
-        "SET",
-        lambda plan: jopt.set_(
-            plan.inner,
-            sparsity=plan.sparsity,
-            drop_fraction=jopt.schedules.cosine_drop(0.3, plan.end),
-            every_steps=plan.every,
-            end_step=plan.end,
-            key=plan.key,
-        ),
-    ),
-    "rigl": (
-        "RigL",
-        lambda plan: jopt.rigl(
-            plan.inner,
-            sparsity=plan.sparsity,
-            drop_fraction=jopt.schedules.cosine_drop(0.3, plan.end),
-            every_steps=plan.every,
-            end_step=plan.end,
-            key=plan.key,
-        ),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +124,7 @@ class Job:
 
         def tell(step: int) -> None:
             seconds = time.perf_counter() - start
-            say(f"  {run.label}: step {step} of {self.steps}, {seconds:.0f} s")
+            records.say(f"  {run.label}: step {step} of {self.steps}, {seconds:.0f} s")
 
         result = train.fit(
             train.make_trainer(loss, tx, parallel=config.parallel),
@@ -274,11 +158,6 @@ class Job:
             "seconds": result.seconds,
             "hardware": measure.hardware(),
         }
-
-
-def say(line: str) -> None:
-    """Print with the time of day, at once: someone may be watching a log file."""
-    print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
 
 
 def count_zeros(params: Any) -> dict[str, Any]:
@@ -451,25 +330,16 @@ def main(config: Config) -> None:
             record = run.folder(config.out) / "result.json"
             if record.exists():
                 continue
-            say(f"run {i + 1} of {len(runs)}: {run.label}")
+            records.say(f"run {i + 1} of {len(runs)}: {run.label}")
             job = job or Job(config)
             result = job.run(run)
             records.write_json(record, result)
-            say(
+            records.say(
                 f"  accuracy {100 * result['accuracy']:.2f} %, zeros "
                 f"{100 * result['actual_sparsity']:.3f} %, {result['seconds']:.0f} s"
             )
     print(summarize(config))
 
 
-def cli() -> None:
-    """Parse the command line; wrong options end with one sentence."""
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
 if __name__ == "__main__":
-    cli()
+    records.run(main, Config, __doc__)
