@@ -168,18 +168,13 @@ class Job:
     def evaluate(self, method: str, goal: str, params: Any) -> dict[str, Any]:
         """Measure params on the held-out text, and count their zeros."""
         measured = compress.evaluate(self.predict, params, self.test)
-        kernels = [
-            np.asarray(leaf)
-            for path, leaf in kernels_of(params).items()
-            if PRUNED(path, leaf)
-        ]
+        kernels = [np.asarray(leaf) for leaf in kernels_of(params).values()]
         zeros = sum(int(np.sum(kernel == 0)) for kernel in kernels)
         return {
             "method": method,
             "goal": goal,
             "loss": measured["loss"],
             "bits_per_character": measured["bits_per_character"],
-            "accuracy": measured["accuracy"],
             "actual_sparsity": zeros / sum(kernel.size for kernel in kernels),
             "num_params": models.num_params(params),
             "test_characters": int(self.test["y"].size),
@@ -223,8 +218,6 @@ class Job:
                 self.apply, self.params, batches, jopt.statistics.gram(), progress=False
             ).values
             for path, dense in kernels_of(self.params).items():
-                if not PRUNED(path, dense):
-                    continue
                 row = rows.setdefault(path, {"layer": path})
                 gram = np.asarray(grams[path]["gram"], np.float64)[0]
                 for name, params in candidates.items():
@@ -238,12 +231,12 @@ class Job:
 
 
 def kernels_of(params: Any) -> dict[str, Any]:
-    """Return the matrices by path."""
-    return {
+    """Return what is pruned, by path."""
+    leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(params)
-        if leaf.ndim == 2
     }
+    return {path: leaf for path, leaf in leaves.items() if PRUNED(path, leaf)}
 
 
 def reconstruction_error(gram: np.ndarray, dense: Any, sparse: Any) -> float:
