@@ -299,17 +299,17 @@ def draw(results: list[dict[str, Any]], layers: list[dict[str, Any]]) -> Any:
     colors = {"50 %": "#1b7837", "2:4": "#762a83"}
     for i, goal in enumerate(SPARSITIES):
         mine = [result for result in results if result["goal"] == goal]
-        left.bar(
-            [list(METHODS).index(r["method"]) + 0.36 * (i - 0.5) for r in mine],
+        left.plot(
+            [list(METHODS).index(r["method"]) + 0.1 * (2 * i - 1) for r in mine],
             [r["bits_per_character"] for r in mine],
-            width=0.34,
+            "os"[i],
+            markersize=9,
             color=colors[goal],
             label=goal,
         )
     dense = results[0]["bits_per_character"]
     left.axhline(dense, color="#222222", linestyle="--", label="dense")
-    highest = max(result["bits_per_character"] for result in results)
-    left.set_ylim(0.9 * dense, highest + 0.1 * (highest - 0.9 * dense))
+    left.set_xlim(-0.5, len(METHODS) - 0.5)
     labels = [label.replace(" ", "\n", 1) for label, _, _ in METHODS.values()]
     left.set_xticks(range(len(labels)), labels, fontsize=9)
     left.set_ylabel("bits per character, held-out text")

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import compress, models, plots, records, train
+from experiments import compress, html_report, models, plots, records, train
 from experiments import data as datasets
 from experiments.benchmarks import measure
 from experiments.claims.sparse_methods import METHODS, Plan
@@ -257,7 +257,7 @@ def draw(rows: list[dict[str, Any]], title: str) -> Any:
         axis.errorbar(
             [methods.index(row["method"]) + 0.12 * (2 * i - 1) for row in mine],
             [100 * row["accuracy"] for row in mine],
-            yerr=[100 * (row["accuracy_std"] or 0.0) for row in mine],
+            yerr=[100 * (row["accuracy_std"] or np.nan) for row in mine],
             fmt="os^v"[i % 4],
             capsize=3,
             markersize=8,
@@ -271,7 +271,7 @@ def draw(rows: list[dict[str, Any]], title: str) -> Any:
     labels = [METHODS[method][0].replace(" ", "\n") for method in methods]
     axis.set_xticks(range(len(methods)), labels, fontsize=9)
     axis.set_ylabel("test accuracy, %")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     plots.clean(axis, title)
     return figure
 
@@ -293,7 +293,7 @@ def summarize(config: Config) -> str:
     table = make_table(rows)
     title = (
         f"{settings['data']}, ResNet of 8 layers ({first['num_params']:,} parameters), "
-        f"{first['epochs']:g} epochs"
+        f"{first['epochs']:g} epochs, {html_report.counted(seeds, 'seed')}"
     )
     summary = {
         "claim": "sparse training side by side",
