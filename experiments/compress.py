@@ -159,12 +159,12 @@ class Job:
     def run_variant(self, variant: Variant, tell) -> list[dict[str, Any]]:
         """Run all seeds of a variant with one compiled step."""
         config = self.config
-        records = [self.folder(variant, s) / "result.json" for s in range(config.seeds)]
+        files = [self.folder(variant, s) / "result.json" for s in range(config.seeds)]
         steps = variant.num_steps(config.steps)
         tx = variant.make_tx(max(steps, 1), config.learning_rate)
         trainer = None
-        for seed, record in enumerate(records):
-            if record.exists():
+        for seed, file in enumerate(files):
+            if file.exists():
                 tell(variant, seed, steps)
                 continue
             if trainer is None:
@@ -175,8 +175,8 @@ class Job:
                 loss = make_loss(apply, teacher)
                 trainer = train.make_trainer(loss, tx, parallel=config.parallel)
             result = self.run(variant, seed, trainer, tx, tell)
-            records.write_json(record, result)
-        return [json.loads(record.read_text()) for record in records]
+            records.write_json(file, result)
+        return [json.loads(file.read_text()) for file in files]
 
     def run(self, variant: Variant, seed: int, trainer, tx, tell) -> dict[str, Any]:
         """Train, ship and evaluate one model."""
