@@ -64,6 +64,7 @@ from jopt.pruning import scores as scores
 from jopt.pruning import set_ as set_
 from jopt.pruning import snfs as snfs
 from jopt.pruning import sparsegpt as sparsegpt
+from jopt.pruning import sparsify_activations as sparsify_activations
 from jopt.pruning import sr_ste as sr_ste
 from jopt.pruning import static_sparse as static_sparse
 from jopt.pruning import ste as ste

@@ -59,6 +59,8 @@ def top_k_along(scores: ArrayLike, k: ArrayLike, *, axis: int = -1) -> jax.Array
 def _mask(scores: jax.Array, k: jax.Array) -> jax.Array:
     """Masks along the first axis."""
     columns = scores if scores.ndim > 1 else scores[:, None]
+    # XLA for CPU misreads a constant that is transposed and then read in a loop.
+    columns = lax.optimization_barrier(columns)  # type: ignore[no-untyped-call]
     k = jnp.broadcast_to(k, columns.shape[1:])
     largest = jnp.uint32(scans.largest_key(scores.dtype))
     zero = jnp.zeros_like(columns[0], jnp.uint32)

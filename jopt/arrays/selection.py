@@ -215,6 +215,8 @@ def _masks(
     arrays: list[jax.Array], k: Count, axis_name: AxisName | None
 ) -> list[jax.Array]:
     """Masks one array after the other, each with the ties that those before it left."""
+    # XLA for CPU misreads a constant that is transposed, read in a loop and beside it.
+    arrays = lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
     key, need, split = _find_threshold(arrays, k, axis_name)
     masks = []
     for i, array in enumerate(arrays):

@@ -11,6 +11,7 @@ calibration data, no training).
 from jopt.pruning import allocation as allocation
 from jopt.pruning import proximal_maps as proximal_maps
 from jopt.pruning import scores as scores
+from jopt.pruning.activations import sparsify_activations as sparsify_activations
 from jopt.pruning.dynamic import rigl as rigl
 from jopt.pruning.dynamic import set_ as set_
 from jopt.pruning.dynamic import snfs as snfs

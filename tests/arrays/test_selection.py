@@ -328,3 +328,15 @@ def test_pmap_with_an_axis_name_makes_one_ranking():
         lambda scores: selection.top_k_mask(scores, 99, axis_name="i"), axis_name="i"
     )
     check(scores, 99, mask(scores))
+
+
+def test_constants_that_are_transposed_inside_are_read_right():
+    """XLA folds the transpose of a constant, and must not mix up its layouts."""
+    scores = jax.random.normal(jax.random.key(0), (5, 16))
+    expected = top_k_mask(scores.T, 24)
+
+    @jax.jit
+    def nested(k):
+        return jax.jit(lambda x: top_k_mask(x.T, k))(scores)
+
+    np.testing.assert_array_equal(nested(24), expected)
