@@ -11,7 +11,6 @@ and ends with the same bits.
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -37,7 +35,7 @@ from sklearn.metrics import f1_score, recall_score
 
 import jopt
 from experiments import data as datasets
-from experiments import deploy, html_report, models, plots, train
+from experiments import deploy, html_report, models, plots, records, train
 from experiments.variants import INT8, VARIANTS, Variant
 
 TEMPERATURE, SOFT_SHARE = 4.0, 0.7
@@ -72,32 +70,6 @@ def model_config(config: Config, data: datasets.Dataset) -> models.ModelConfig:
     return models.ModelConfig(
         config.model, config.depth or depth, config.width or width, config.connections
     )
-
-
-def claim_folder(config: Config) -> None:
-    """Refuse to mix two experiments in one folder."""
-    settings = dataclasses.asdict(config)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    del settings["out"]
-    file = config.out / "settings.json"
-    config.out.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        before = json.loads(file.read_text())
-        if before != settings:
-            changed = sorted(k for k in settings if before.get(k) != settings[k])
-            raise ValueError(
-                f"--out must be a new folder or one of the same options, "
-                f"{str(config.out)!r} was started with other {', '.join(changed)}; "
-                "choose another --out"
-            )
-    write_atomically(file, json.dumps(settings, indent=2))
-
-
-def write_atomically(file: Path, content: str) -> None:
-    """Write a file that is either whole or not there."""
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(content)
-    os.replace(draft, file)
 
 
 def make_loss(apply: models.Apply, teacher: models.Apply | None) -> train.Loss:
@@ -187,12 +159,12 @@ class Job:
     def run_variant(self, variant: Variant, tell) -> list[dict[str, Any]]:
         """Run all seeds of a variant with one compiled step."""
         config = self.config
-        records = [self.folder(variant, s) / "result.json" for s in range(config.seeds)]
+        files = [self.folder(variant, s) / "result.json" for s in range(config.seeds)]
         steps = variant.num_steps(config.steps)
         tx = variant.make_tx(max(steps, 1), config.learning_rate)
         trainer = None
-        for seed, record in enumerate(records):
-            if record.exists():
+        for seed, file in enumerate(files):
+            if file.exists():
                 tell(variant, seed, steps)
                 continue
             if trainer is None:
@@ -203,8 +175,8 @@ class Job:
                 loss = make_loss(apply, teacher)
                 trainer = train.make_trainer(loss, tx, parallel=config.parallel)
             result = self.run(variant, seed, trainer, tx, tell)
-            write_atomically(record, json.dumps(result, indent=2))
-        return [json.loads(record.read_text()) for record in records]
+            records.write_json(file, result)
+        return [json.loads(file.read_text()) for file in files]
 
     def run(self, variant: Variant, seed: int, trainer, tx, tell) -> dict[str, Any]:
         """Train, ship and evaluate one model."""
@@ -336,7 +308,9 @@ def main(config: Config) -> None:
             "steps must be at least 10 and seeds at least 1, "
             f"got {config.steps} and {config.seeds}"
         )
-    claim_folder(config)
+    settings = dataclasses.asdict(config)
+    del settings["out"]
+    records.claim_folder(config.out, settings)
     job = Job(config)
     results = {}
     with Progress(
@@ -370,7 +344,7 @@ def main(config: Config) -> None:
         "environment": html_report.environment(),
         "rows": rows,
     }
-    write_atomically(config.out / "results.json", json.dumps(summary, indent=2))
+    records.write_json(config.out / "results.json", summary)
     pictures = plots.draw_all(config.out, rows, VARIANTS)
     html_report.write(config.out / "report.html", summary, pictures, sys.argv[1:])
     console.print(table)
@@ -380,14 +354,5 @@ def main(config: Config) -> None:
     )
 
 
-def cli() -> None:
-    """Parse the command line; wrong options end with one sentence."""
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
 if __name__ == "__main__":
-    cli()
+    records.run(main, Config, __doc__)

@@ -35,6 +35,36 @@ def _groups(channels: int) -> int:
     return next(g for g in (8, 4, 2, 1) if channels % g == 0)
 
 
+class GroupNorm(nnx.Module):
+    """Normalise groups of channels of one image; `nnx.GroupNorm` up to rounding.
+
+    Channels are summed over the picture before they are summed into groups: a sum that
+    keeps the last axis runs in vector registers, which makes a training step of the
+    ResNet about twice as fast on a CPU.
+    """
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x):
+        channels = x.shape[-1]
+        grouped = (len(x), _groups(channels), -1)
+
+        def over_groups(means):
+            return means.reshape(grouped).mean(-1, keepdims=True)
+
+        mean = over_groups(x.mean(axis=(1, 2)))
+        square = over_groups(jnp.square(x).mean(axis=(1, 2)))
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        scale = self.scale[...].reshape(1, *grouped[1:]) * jax.lax.rsqrt(
+            variance + 1e-6
+        )
+        bias = self.bias[...].reshape(1, *grouped[1:]) - mean * scale
+        per_image = (len(x), 1, 1, channels)
+        return x * scale.reshape(per_image) + bias.reshape(per_image)
+
+
 class Block(nnx.Module):
     """norm, relu, 3x3, norm, relu, 3x3; its input is dropped, added or concatenated."""
 
@@ -42,9 +72,9 @@ class Block(nnx.Module):
         conv = lambda a, b, s: nnx.Conv(  # noqa: E731
             a, b, (3, 3), strides=s, use_bias=False, rngs=rngs
         )
-        self.norm1 = nnx.GroupNorm(cin, num_groups=_groups(cin), rngs=rngs)
+        self.norm1 = GroupNorm(cin)
         self.conv1 = conv(cin, cout, stride)
-        self.norm2 = nnx.GroupNorm(cout, num_groups=_groups(cout), rngs=rngs)
+        self.norm2 = GroupNorm(cout)
         self.conv2 = conv(cout, cout, 1)
         self.connections = connections
         changes = cin != cout or stride != 1
@@ -86,7 +116,7 @@ class ResNet(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.transitions = nnx.List(transitions)
         self.depth = config.depth
-        self.norm = nnx.GroupNorm(cin, num_groups=_groups(cin), rngs=rngs)
+        self.norm = GroupNorm(cin)
         self.head = nnx.Linear(cin, classes, rngs=rngs)
 
     def __call__(self, x):

@@ -24,7 +24,8 @@ COLORS = {
 }
 
 
-def _clean(axis: Any, title: str) -> None:
+def clean(axis: Any, title: str) -> None:
+    """Give a panel its title and take away what no one reads."""
     axis.set_title(title, loc="left", fontsize=12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
@@ -65,7 +66,7 @@ def accuracy_against_bytes(rows: list[dict[str, Any]]) -> plt.Figure:
     axis.set_xlabel("kilobytes on disk (log scale)")
     axis.set_ylabel("test accuracy, %")
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    _clean(axis, "Accuracy against size")
+    clean(axis, "Accuracy against size")
     return figure
 
 
@@ -87,7 +88,7 @@ def curves(out: Path, variants: list[Any], key: str, title: str) -> plt.Figure:
     axis.set_xlabel("step")
     axis.set_ylabel(key)
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    _clean(axis, title)
+    clean(axis, title)
     return figure
 
 

@@ -11,12 +11,14 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
                   formats, QuantSpec, QuantizedArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata
-    an update     project, prune, quantize_weights, get_masks, apply_masks,
+    an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
+                  proximal_maps, quantize_weights, get_masks, apply_masks,
                   update_masks, get_scales; scores and allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
-                  fake_quantize, calibrate with observers, execute
+                  fake_quantize, calibrate with observers, execute;
+                  sparsegpt and wanda
     a loss        distillation
 """
 
@@ -46,18 +48,28 @@ from jopt.programs.record import Recording as Recording
 from jopt.programs.record import Statistic as Statistic
 from jopt.programs.record import record as record
 from jopt.programs.sites import SiteTable as SiteTable
+from jopt.pruning import OneShotReport as OneShotReport
+from jopt.pruning import ac_dc as ac_dc
 from jopt.pruning import allocation as allocation
 from jopt.pruning import apply_masks as apply_masks
 from jopt.pruning import get_masks as get_masks
 from jopt.pruning import iterative_masks as iterative_masks
 from jopt.pruning import make_masks as make_masks
+from jopt.pruning import proximal as proximal
+from jopt.pruning import proximal_maps as proximal_maps
 from jopt.pruning import prune as prune
+from jopt.pruning import rewind as rewind
 from jopt.pruning import rigl as rigl
 from jopt.pruning import scores as scores
 from jopt.pruning import set_ as set_
 from jopt.pruning import snfs as snfs
+from jopt.pruning import sparsegpt as sparsegpt
+from jopt.pruning import sr_ste as sr_ste
 from jopt.pruning import static_sparse as static_sparse
+from jopt.pruning import ste as ste
+from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
+from jopt.pruning import wanda as wanda
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize

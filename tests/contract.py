@@ -66,6 +66,21 @@ WRAPPERS = {
     ),
     "rigl": moving(jopt.rigl, sparsity=0.5, allocation=jopt.allocation.uniform),
     "snfs": moving(jopt.snfs, sparsity=0.5),
+    "ste": lambda inner: jopt.ste(inner, sparsity=0.5, every_steps=2),
+    "sr_ste": lambda inner: jopt.sr_ste(inner, decay=0.1, pattern=jopt.NM(2, 4)),
+    "top_kast": lambda inner: jopt.top_kast(
+        inner, sparsity=0.5, backward_sparsity=0.25, penalty=0.1, every_steps=2
+    ),
+    "ac_dc": lambda inner: jopt.ac_dc(
+        inner, sparsity=0.5, compressed_steps=2, dense_steps=1, end_step=5
+    ),
+    "rewind": lambda inner: jopt.rewind(jopt.prune(inner, sparsity=0.5, begin_step=1)),
+    "proximal": lambda inner: jopt.proximal(
+        inner, jopt.proximal_maps.l1(0.05), end_step=3
+    ),
+    "proximal_group": lambda inner: jopt.proximal(
+        inner, jopt.proximal_maps.group_lasso(0.9, jopt.Block((4, 4))), end_step=1
+    ),
     "quantize": snapped(INT8),
     "quantize_groups": snapped(INT4),
     "quantize_asymmetric": snapped(
@@ -91,6 +106,8 @@ REPRESENTATIVES = [
     "prune_ramp",
     "prune_global",
     "rigl",
+    "ste",
+    "rewind",
     "quantize",
     "quantize_learned",
     "quantize_prune",
@@ -109,7 +126,14 @@ ZEROS = {
     "prune_average": HALF,
     "static_sparse": HALF,
     "rigl": HALF,
+    "ste": HALF,
+    "sr_ste": HALF,
+    "top_kast": HALF,
+    "ac_dc": HALF,
+    "rewind": HALF,
 }
+# Wrappers that add up weights, which on a mesh are added in another order.
+ROUNDED = {"proximal_group"}
 
 
 def make_params(dtype=jnp.float32):

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +56,11 @@ def test_sharded_equals_one_device(name, kind, request):
         compiled = jax.jit(two_steps).lower(sharded, sharded_grads).compile()
         together = compiled(sharded, sharded_grads)
     alone = jax.jit(two_steps)(params, grads)
-    contract.assert_same(jax.device_get(together), jax.device_get(alone))
+    together, alone = jax.device_get(together), jax.device_get(alone)
+    if name in contract.ROUNDED:
+        chex.assert_trees_all_close(together, alone, rtol=1e-6)
+    else:
+        contract.assert_same(together, alone)
     assert_no_weight_sized_gather(compiled.as_text(), 16 * 256)
 
 
@@ -162,7 +167,7 @@ def test_leaves_of_one_shape_and_layers_spread_over_devices(
             ), name
 
 
-@pytest.mark.parametrize("name", ["prune", "prune_global", "quantize_prune"])
+@pytest.mark.parametrize("name", ["prune", "prune_global", "quantize_prune", "ste"])
 def test_each_shard_by_itself_inside_shard_map(name, auto_mesh):
     """Varying axes are checked; what is not finite is counted over all devices."""
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import optax
 
+import jopt
+
 
 def hardware() -> dict[str, Any]:
     """Describe the machine and the versions that a figure belongs to."""
@@ -33,6 +35,7 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "optax": optax.__version__,
+        "jopt": jopt.__version__,
     }
 
 

@@ -6,6 +6,8 @@ leaves or devices is a plain sum and a carry. `num_pruned` turns a sparsity into
 in integers, so a schedule traced under `jit` and a Python float agree at every size.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,6 +48,29 @@ def as_count(number: "ArrayLike | Count") -> Count:
         )
     number = jnp.where(number > 0, number, 0).astype(jnp.uint32)
     return Count(number >> 16, number & 0xFFFF)
+
+
+def as_counts(numbers: Sequence[int]) -> Count:
+    """Widens several Python integers below 2^48.
+
+    >>> [int(limb[1]) for limb in as_counts([1, 2**32 + 5])]
+    [65536, 5]
+    """
+    high = np.array([n >> 16 for n in numbers], np.uint32)
+    low = np.array([n & 0xFFFF for n in numbers], np.uint32)
+    return Count(jnp.asarray(high), jnp.asarray(low))
+
+
+def from_float(number: jax.Array) -> Count:
+    """Widens whole float32 numbers; what is negative becomes 0, above 2^47 that.
+
+    >>> [int(limb) for limb in from_float(jnp.float32(65537))]
+    [1, 1]
+    """
+    number = jnp.clip(number, 0, np.float32(2**47))
+    high = jnp.floor(number / 65536)
+    low = number - high * 65536
+    return Count(high.astype(jnp.uint32), low.astype(jnp.uint32))
 
 
 def add(a: Count, b: Count) -> Count:
@@ -197,16 +222,18 @@ def num_pruned(size: int, sparsity: ArrayLike) -> "int | Count":
             f"sparsity must be a scalar, got shape {sparsity.shape}: map over leaves "
             "or layers that have a sparsity of their own"
         )
-    clipped = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
-    return _part_of(size, jnp.round(clipped * _PARTS).astype(jnp.uint32))
+    return _part_of(size, sparsity)
 
 
-def _part_of(size: int, parts: jax.Array) -> Count:
+@functools.partial(jax.jit, static_argnums=0)
+def _part_of(size: int, sparsity: jax.Array) -> Count:
     """Returns round(parts * size / 10^6) where parts <= 10^6, without overflow.
 
     With size = 10^6 a + b the quotient is parts * a + parts * b / 10^6, and with both
     factors of the second product split at 1000 no term reaches 2^32.
     """
+    clipped = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
+    parts = jnp.round(clipped * _PARTS).astype(jnp.uint32)
     a, b = divmod(size, _PARTS)
     b1, b0 = divmod(b, 1000)
     p1, p0 = parts // 1000, parts % 1000

@@ -32,6 +32,7 @@ __all__ = [
     "Count",
     "Threshold",
     "find_threshold",
+    "mask_above",
     "num_pruned",
     "ordered_keys",
     "top_k_mask",
@@ -117,8 +118,8 @@ class Threshold(NamedTuple):
     """Every key above `key` is kept, and of those equal to it the first `need`."""
 
     key: jax.Array  # uint32, an ordered key
-    need: Count
-    split: jax.Array  # whether some of the equal ones are not kept
+    need: Count | None
+    split: jax.Array | None  # whether some of the equal ones are not kept; None if not
 
 
 def find_threshold(
@@ -147,6 +148,32 @@ def find_threshold(
     """
     arrays = _filled([jnp.asarray(array) for array in scores])
     return _find_threshold(arrays, counts.as_count(k), axis_name)
+
+
+def mask_above(scores: ArrayLike, threshold: Threshold) -> jax.Array:
+    """Masks what is above a threshold, and as many of those on it as it needs.
+
+    Args:
+      scores: An array of any shape.
+      threshold: Of scores of the same type, with the need of this array.
+
+    Returns:
+      A boolean mask of the shape of the scores, True = keep.
+
+    >>> found = find_threshold([jnp.array([1.0, 2.0, 2.0])], 1)
+    >>> mask_above(jnp.array([1.0, 2.0, 2.0]), found)
+    Array([False,  True, False], dtype=bool)
+    """
+    array = jnp.asarray(scores)
+    if not array.size:
+        return jnp.zeros_like(array, jnp.bool_)
+    if threshold.need is None or threshold.split is None:
+        keys = scans.ordered_keys(array)
+        return keys >= threshold.key.astype(keys.dtype)
+    filled = array.reshape(array.shape or (1,))
+    return scans.keep_ties(
+        filled, threshold.key, threshold.need, threshold.split
+    ).reshape(array.shape)
 
 
 @functools.partial(jax.jit, static_argnums=2)

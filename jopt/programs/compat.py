@@ -323,7 +323,8 @@ def aval_of(value: Any) -> jax.ShapeDtypeStruct:
         The abstract value.
     """
     kind = value
-    if isinstance(value, jax.Array) or not hasattr(value, "shape"):
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if is_array or not hasattr(value, "shape"):
         kind = jax.typeof(value)
     if is_ref(kind):
         raise TypeError(

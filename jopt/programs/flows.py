@@ -35,11 +35,11 @@ class Flow(NamedTuple):
         """Whether it depends on params and on nothing else."""
         return self.kind in ("view", "derived")
 
-    def unstacked(self) -> "Flow":
+    def unstacked(self, loop: Key) -> "Flow":
         """Say what one step of a scan sees of a stacked value."""
         if self.view is None:
             return self._replace(parts=())
-        view = dataclasses.replace(self.view, dims=self.view.dims[1:])
+        view = views.unstack(self.view, loop)
         return of_view(view, self.leaves, is_chosen=self.is_chosen)
 
     def stacked(self) -> "Flow":
@@ -54,6 +54,12 @@ class Flow(NamedTuple):
             return self._replace(parts=())
         view = views.resize(self.view, shape)
         return of_view(view, self.leaves, is_chosen=self.is_chosen)
+
+    def placed(self, starts: tuple[int | None, ...]) -> "Flow":
+        """Say what it is if its view starts elsewhere."""
+        if self.view is None:
+            return self
+        return self._replace(view=dataclasses.replace(self.view, starts=starts))
 
 
 CONSTANT, DATA = Flow("constant"), Flow("data")
@@ -72,6 +78,9 @@ def join(a: Flow, b: Flow) -> Flow:
     """Say what a value is that may be either."""
     if a == b:
         return a
+    if a.view is not None and b.view is not None and a.placed(()) == b.placed(()):
+        pairs = zip(a.view.starts, b.view.starts, strict=True)
+        return a.placed(tuple(x if x == y else None for x, y in pairs))
     if "data" in (a.kind, b.kind):
         return DATA
     return Flow("derived", None, a.leaves | b.leaves, a.is_chosen or b.is_chosen)

@@ -75,12 +75,15 @@ class Handler:
         merge: the aux value of two runs, of which the initial value is the neutral
             element; needed for sites inside `while` loops. Without it, scans over what
             are no layers stack their aux values instead of merging them.
+        stacks_layers: whether scans over layers stack the aux values of their layers;
+            if not, they are merged as those of other loops are.
     """
 
     call: Callable[[Use], Any]
     select: Callable[[Site], bool] = _is_covered_weight
     initial: Callable[[Site], Any] | None = None
     merge: Callable[[Any, Any], Any] | None = None
+    stacks_layers: bool = True
 
 
 IDENTITY = Handler(lambda use: use.default(*use.operands))

@@ -148,7 +148,8 @@ class Interpreter:
             site.name for site in self._inside(key) if (key, "layers") in _kinds(site)
         }
         shared, split = _partition(values, layered)
-        # Over steps that are no layers a site has one aux value, if they can be merged.
+        # Over steps that are no layers a site has one aux value, if they can be merged,
+        # and over layers if the handler asks for it.
         merged = {} if self._handler.merge is None else self._initial(key, one=True)
 
         def step(
@@ -262,7 +263,7 @@ class Interpreter:
         values = {}
         for site in self._inside(key):
             loops = self._stacks(site, key)
-            if one and (key, "layers") in _kinds(site):
+            if one and (key, "layers") in _kinds(site) and self._handler.stacks_layers:
                 continue
             lengths = tuple(loop.size for loop in loops)
             values[site.name] = jax.tree.map(
@@ -276,11 +277,12 @@ class Interpreter:
 
     def _stacks(self, site: Site, key: Key) -> list[Around]:
         """What stacks the aux values of a site inside an equation."""
-        merges = self._handler.merge is not None
+        merged = [] if self._handler.merge is None else ["steps"]
+        merged += [] if self._handler.stacks_layers else ["layers"]
         return [
             around
             for around in site.around
-            if around.key[: len(key)] == key and not (merges and around.kind == "steps")
+            if around.key[: len(key)] == key and around.kind not in merged
         ]
 
     def _inside(self, key: Key) -> list[Site]:

@@ -5,7 +5,7 @@ it consumes is listed, and what it returns is no view. A test fails for each pri
 of the running JAX that has no entry, so that the decision is made by a person.
 """
 
-from jopt.programs import compat, operations, views
+from jopt.programs import compat, operations, view_rules
 
 # Computes on values as they are; parameters that end here are listed as other uses.
 _PLAIN_NAMES = """
@@ -52,7 +52,13 @@ def known() -> frozenset[str]:
         Those of the tables here, of views, of operations and of control flow.
     """
     return frozenset().union(
-        PLAIN, REFS, OPAQUE, views.SAME, views.RULES, operations.TABLE, compat.ENTERED
+        PLAIN,
+        REFS,
+        OPAQUE,
+        view_rules.SAME,
+        view_rules.RULES,
+        operations.TABLE,
+        compat.ENTERED,
     )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jopt.programs import bodies, compat, operations, primitives, views
+from jopt.programs import bodies, compat, operations, primitives, view_rules
 from jopt.programs.flows import CONSTANT, DATA, Flow, Key, Kind, join, of_view
 from jopt.programs.operations import Around, Site
 from jopt.programs.views import View
@@ -132,7 +132,7 @@ class Walk:
         view = flows[position].view
         assert view is not None
         is_const = [flow.kind == "constant" for flow in flows]
-        return views.step(eqn, view, position, is_const)
+        return view_rules.step(eqn, view, position, is_const)
 
     def _operation(
         self,
@@ -219,7 +219,7 @@ class Walk:
         ]
         if flows[0].kind == "data":  # which branch ran depends on the inputs
             joined = [
-                flow if len(set(column)) == 1 else DATA
+                flow if len({f.placed(()) for f in column}) == 1 else DATA
                 for flow, column in zip(joined, zip(*results, strict=True), strict=True)
             ]
         return joined, max(flops)
@@ -229,7 +229,7 @@ class Walk:
     ) -> tuple[list[Flow], int]:
         first = inner.num_consts + inner.num_carry
         consts, carry = flows[: inner.num_consts], flows[inner.num_consts : first]
-        xs = [flow.unstacked() for flow in flows[first:]]
+        xs = [flow.unstacked(place.key) for flow in flows[first:]]
         is_layered = any(flow.is_param for flow in flows[first:])
         loop = Around(place.key, inner.length, "layers" if is_layered else "steps")
         place = place.enter(
@@ -262,7 +262,7 @@ class Walk:
         stops, count = self._body(inner.condition, operands, condition)
         if stops[0].kind == "data":  # how often the body ran depends on the inputs
             results = [
-                after if after == before else DATA
+                after if after.placed(()) == before.placed(()) else DATA
                 for before, after in zip(flows[first:], results, strict=True)
             ]
         return results, flops + count
@@ -353,7 +353,7 @@ def _joined(name: str, flows: Sequence[Flow]) -> tuple[View, ...]:
         return tuple(flow.view for flow in flows if flow.view is not None) * all(
             flow.view is not None for flow in flows
         )
-    return flows[0].parts if name in views.SAME and len(flows) == 1 else ()
+    return flows[0].parts if name in view_rules.SAME and len(flows) == 1 else ()
 
 
 def _num_axes(view: View | None) -> int:

@@ -140,7 +140,7 @@ def record(
         return Recording(recording.count + 1, values)
 
     recording = start
-    for item in _track(batches, progress):
+    for item in track(batches, "recording", progress):
         inputs = flags.fix(inputs_of(item))
         if not ranks:
             table = sites(apply, params, *inputs)
@@ -293,8 +293,18 @@ def _signature(value: Any) -> dict[str, str]:
     }
 
 
-def _track(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def track(items: Iterable[Any], label: str, progress: bool) -> Iterable[Any]:
+    """Show a bar while going through something, if there is a terminal.
+
+    Args:
+        items: what to go through.
+        label: what is being done.
+        progress: whether to show a bar at all.
+
+    Returns:
+        The items.
+    """
     console = rich.console.Console(stderr=True)
     if not (progress and console.is_terminal):
-        return batches
-    return rich.progress.track(batches, "recording", console=console, transient=True)
+        return items
+    return rich.progress.track(items, label, console=console, transient=True)

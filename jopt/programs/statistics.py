@@ -86,7 +86,7 @@ def norms() -> Statistic:
         squares = gather_values(jnp.sum(x * x, axis=1))
         return {"squares": squares, "rows": jnp.float32(x.shape[1])}
 
-    return _summed(summarize)
+    return summed(summarize)
 
 
 def gram() -> Statistic:
@@ -108,7 +108,7 @@ def gram() -> Statistic:
         )
         return {"gram": gram, "rows": jnp.float32(x.shape[1])}
 
-    return _summed(summarize)
+    return summed(summarize)
 
 
 def histogram(low: float, high: float, *, num_bins: int = 2048) -> Statistic:
@@ -145,8 +145,15 @@ def histogram(low: float, high: float, *, num_bins: int = 2048) -> Statistic:
     return Statistic(summarize, lambda site: zeros(), jnp.add)
 
 
-def _summed(summarize: Callable[[Use], Any]) -> Statistic:
-    """Add up from zeros, of the shapes that one run would give."""
+def summed(summarize: Callable[[Use], Any]) -> Statistic:
+    """Add up from zeros, of the shapes that one run would give.
+
+    Args:
+        summarize: arrays that are sums over the rows of a site's inputs.
+
+    Returns:
+        The statistic.
+    """
 
     def initial(site: Site) -> Any:
         def run(*operands: jax.Array) -> Any:

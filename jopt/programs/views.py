@@ -5,14 +5,15 @@ product of atoms, from major to minor, so that reshape may split and merge:
 
     w[d, h, k] -> reshape [d, h * k]: ((d,), (h, k))
 
-Casts, transposes, slices of stacked layers, scaling by a constant and placement leave a
-view a view. Whatever is not listed here ends it, and is then neither wrong nor silent:
-the value is derived from its leaves, and the table of sites says so.
+Of slices it also says where along the leaf they start, and of loops over layers which
+axis they run along, so that what is computed of a view can be put back into the leaf.
+
+What equations do to views stands in `view_rules`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 REPEATED = -1  # the leaf axis of an atom along which the value repeats itself
@@ -25,7 +26,8 @@ class Atom:
     Attributes:
         axis: of the leaf, or `REPEATED`.
         size: the number of steps.
-        stride: between two of them, in elements of the leaf's axis.
+        stride: between two of them, in elements of the leaf's axis; negative where the
+            value runs backwards.
     """
 
     axis: int
@@ -45,11 +47,17 @@ class View:
         rank: the number of axes of the leaf.
         dims: the atoms of each axis of the value, major to minor; an axis of size one
             that the leaf does not have is `()`.
+        starts: index of the value's first element along each axis of the leaf; None
+            where it is not known before the program runs.
+        loops: of loops that slice it layer by layer, outermost first, the key and the
+            atoms that their counter runs along.
     """
 
     leaf: int
     rank: int
     dims: Dims
+    starts: tuple[int | None, ...] = ()
+    loops: tuple[tuple[Any, tuple[Atom, ...]], ...] = ()
 
 
 def whole(leaf: int, shape: Sequence[int]) -> View:
@@ -66,7 +74,7 @@ def whole(leaf: int, shape: Sequence[int]) -> View:
     ((Atom(axis=0, size=3, stride=1),),)
     """
     dims = tuple((Atom(axis, size),) for axis, size in enumerate(shape))
-    return View(leaf, len(shape), dims)
+    return View(leaf, len(shape), dims, (0,) * len(shape))
 
 
 def axes_of(view: View) -> list[set[int]]:
@@ -118,7 +126,9 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     return dataclasses.replace(view, dims=tuple(dims)) if not atoms else None
 
 
-def take(view: View, axis: int, size: int, step: int = 1) -> View | None:
+def take(
+    view: View, axis: int, size: int, step: int = 1, *, start: int | None = None
+) -> View | None:
     """Slice one axis.
 
     Args:
@@ -126,6 +136,7 @@ def take(view: View, axis: int, size: int, step: int = 1) -> View | None:
         axis: of the value.
         size: the number of elements that are left.
         step: between them.
+        start: index of the first of them, if it is known.
 
     Returns:
         The new view; None where a slice cuts through merged axes.
@@ -133,13 +144,32 @@ def take(view: View, axis: int, size: int, step: int = 1) -> View | None:
     dim = view.dims[axis]
     if size == math.prod(a.size for a in dim):
         return view
-    if size == 1 and len(dim) != 1:
-        return _with_dim(view, axis, ())
-    if len(dim) != 1:
+    if size != 1 and len(dim) != 1:
         return None
+    view = move(view, dim, start)
+    if len(dim) != 1:
+        return _with_dim(view, axis, ())
     (atom,) = dim
     atom = dataclasses.replace(atom, size=size, stride=atom.stride * step)
     return _with_dim(view, axis, (atom,))
+
+
+def unstack(view: View, loop: Any) -> View:
+    """Slice the first axis layer by layer.
+
+    Args:
+        view: of all layers.
+        loop: the key of the loop that does.
+
+    Returns:
+        The view of one layer.
+
+    >>> unstack(whole(0, (3, 4)), "loop").loops
+    (('loop', (Atom(axis=0, size=3, stride=1),)),)
+    """
+    first, *rest = view.dims
+    loops = (*view.loops, (loop, first))
+    return dataclasses.replace(view, dims=tuple(rest), loops=loops)
 
 
 def resize(view: View, shape: Sequence[int]) -> View | None:
@@ -153,6 +183,7 @@ def resize(view: View, shape: Sequence[int]) -> View | None:
         The new view; None where merged axes are cut.
     """
     dims = []
+    starts = list(view.starts)
     for dim, size in zip(view.dims, shape, strict=True):
         old = math.prod(a.size for a in dim)
         if size == old:
@@ -163,9 +194,11 @@ def resize(view: View, shape: Sequence[int]) -> View | None:
             major, *minor = dim
             if major.size * size % old:
                 return None
+            if major.axis != REPEATED:
+                starts[major.axis] = None  # of a shard: another one on each device
             major = dataclasses.replace(major, size=major.size * size // old)
             dims.append((major, *minor))
-    return dataclasses.replace(view, dims=tuple(dims))
+    return dataclasses.replace(view, dims=tuple(dims), starts=tuple(starts))
 
 
 def _merge(dim: Sequence[Atom]) -> tuple[Atom, ...]:
@@ -180,188 +213,28 @@ def _merge(dim: Sequence[Atom]) -> tuple[Atom, ...]:
     return tuple(merged)
 
 
+def move(view: View, dim: Sequence[Atom], start: int | None) -> View:
+    """Start at another index of an axis of the value.
+
+    Args:
+        view: of the value.
+        dim: the atoms of the axis.
+        start: the index, or None if it is not known.
+
+    Returns:
+        The view with other starts.
+    """
+    starts = list(view.starts)
+    for atom in reversed(dim):
+        if atom.axis != REPEATED:
+            before = starts[atom.axis]
+            is_known = start is not None and before is not None
+            offset = 0 if start is None else start % atom.size * atom.stride
+            starts[atom.axis] = (before or 0) + offset if is_known else None
+        start = None if start is None else start // atom.size
+    return dataclasses.replace(view, starts=tuple(starts))
+
+
 def _with_dim(view: View, axis: int, dim: tuple[Atom, ...]) -> View:
     dims = view.dims[:axis] + (dim,) + view.dims[axis + 1 :]
     return dataclasses.replace(view, dims=dims)
-
-
-# Rules: an equation whose operand `position` is a view, to the views of its results.
-
-Rule = Callable[[Any, View, Sequence[bool]], "list[View | None]"]
-
-
-def step(
-    eqn: Any, view: View, position: int, is_const: Sequence[bool]
-) -> list[View | None]:
-    """Look through one equation.
-
-    Args:
-        eqn: an equation.
-        view: of one operand.
-        position: of that operand.
-        is_const: per operand, whether it depends neither on params nor on inputs.
-
-    Returns:
-        Per result its view, or None where it is none.
-    """
-    name = eqn.primitive.name
-    if name in SAME:
-        results: list[View | None] = [None] * len(eqn.outvars)
-        results[position] = view
-        return results
-    rule = RULES.get(name)
-    if rule is None or (position != 0 and name != "mul"):  # 1 / w is no view of w
-        return [None] * len(eqn.outvars)
-    others = [c for i, c in enumerate(is_const) if i != position]
-    return rule(eqn, view, others)
-
-
-def _transpose(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    order = eqn.params["permutation"]
-    return [dataclasses.replace(view, dims=tuple(view.dims[i] for i in order))]
-
-
-def _reshape(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    return [reshape(view, eqn.outvars[0].aval.shape)]
-
-
-def _squeeze(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    gone = {d % len(view.dims) for d in eqn.params["dimensions"]}
-    dims = tuple(dim for i, dim in enumerate(view.dims) if i not in gone)
-    return [dataclasses.replace(view, dims=dims)]
-
-
-def _broadcast(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    old = eqn.invars[0].aval.shape
-    dims: list[tuple[Atom, ...]] = [
-        () if size == 1 else (Atom(REPEATED, size),) for size in shape
-    ]
-    for i, place in enumerate(places):
-        if old[i] == shape[place]:
-            dims[place] = view.dims[i]
-    return [dataclasses.replace(view, dims=tuple(dims))]
-
-
-def _slice(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    steps = eqn.params["strides"] or (1,) * len(starts)
-    result: View | None = view
-    for axis, size in enumerate(eqn.outvars[0].aval.shape):
-        untouched = size == _size(eqn, axis) and limits[axis] - starts[axis] == size
-        if result is not None and not untouched:
-            result = take(result, axis, size, steps[axis])
-    return [result]
-
-
-def _dynamic_slice(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    result: View | None = view
-    for axis, size in enumerate(eqn.params["slice_sizes"]):
-        if result is not None and size != _size(eqn, axis):
-            result = take(result, axis, size)
-    return [result]
-
-
-def _split(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    return [take(view, eqn.params["axis"], int(size)) for size in eqn.params["sizes"]]
-
-
-def _unstack(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    axis = eqn.params["axis"] % len(view.dims)
-    dims = view.dims[:axis] + view.dims[axis + 1 :]
-    return [dataclasses.replace(view, dims=dims) for _ in eqn.outvars]
-
-
-def _gather(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    """One index for the whole array is a slice; many are a lookup, which is a site."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if math.prod(eqn.invars[1].aval.shape[:-1]) != 1 or numbers.operand_batching_dims:
-        return [None]
-    result: View | None = view
-    for axis, size in enumerate(sizes):
-        if result is not None and size != _size(eqn, axis):
-            result = take(result, axis, size)
-    if result is None:
-        return [None]
-    kept = [
-        dim
-        for i, dim in enumerate(result.dims)
-        if i not in numbers.collapsed_slice_dims
-    ]
-    dims: list[tuple[Atom, ...]] = [()] * len(eqn.outvars[0].aval.shape)
-    for place, dim in zip(numbers.offset_dims, kept, strict=True):
-        dims[place] = dim
-    return [dataclasses.replace(result, dims=tuple(dims))]
-
-
-def _scaled(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    """Scaling by a constant number keeps every role; by anything else it does not."""
-    if eqn.outvars[0].aval.shape != _shape_of(view) or not all(others):
-        return [None]
-    return [view]
-
-
-def _same(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    return [view]
-
-
-def _concatenate(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    return [view if len(eqn.invars) == 1 else None]
-
-
-def _gathered(eqn: Any, view: View, others: Sequence[bool]) -> list[View | None]:
-    shape = eqn.outvars[0].aval.shape
-    if eqn.params.get("tiled"):
-        return [resize(view, shape)]
-    place = eqn.params["all_gather_dimension"]
-    dims = view.dims[:place] + ((Atom(REPEATED, shape[place]),),) + view.dims[place:]
-    return [dataclasses.replace(view, dims=dims)]
-
-
-def _size(eqn: Any, axis: int) -> int:
-    return int(eqn.invars[0].aval.shape[axis])
-
-
-def _shape_of(view: View) -> tuple[int, ...]:
-    return tuple(math.prod(a.size for a in dim) for dim in view.dims)
-
-
-# Every result is the operand in the same position.
-SAME = frozenset(
-    {
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "device_put",
-        "mesh_cast",
-        "name",
-        "optimization_barrier",
-        "pbroadcast",
-        "pcast",
-        "pvary",
-        "reduce_precision",
-        "reshard",
-        "sharding_constraint",
-        "stop_gradient",
-    }
-)
-
-RULES: dict[str, Rule] = {
-    "all_gather": _gathered,
-    "all_gather_invariant": _gathered,
-    "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
-    "div": _scaled,
-    "dynamic_slice": _dynamic_slice,
-    "expand_dims": _reshape,
-    "gather": _gather,
-    "mul": _scaled,
-    "neg": _same,
-    "reshape": _reshape,
-    "rev": _same,
-    "slice": _slice,
-    "split": _split,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
-    "unstack": _unstack,
-}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jopt.arrays import axes, counts, packing, patterns, selection, thresholds
 from jopt.arrays.counts import Count
+from jopt.arrays.selection import Threshold
 
 _LOT_SIZE = 1 << 25
 _TIERS = (1 << 10, 1 << 13, 1 << 16)  # sizes up to which small layers are padded
@@ -143,24 +144,29 @@ def nm_masks(scores: jax.Array, pattern: patterns.NM) -> jax.Array:
     return jax.vmap(lambda x: patterns.make_mask(x, pattern=pattern))(scores)
 
 
-def top_k(units: jax.Array, kept: Count) -> jax.Array:
+def top_k(units: jax.Array, kept: Count | Threshold) -> jax.Array:
     """Mask the top `kept` units of each layer, one layer after another.
 
-    A loop and not `vmap`: under `vmap` every search runs until the slowest is done. On
-    a mesh it has to be `vmap`, because a loop over layers that are spread over devices
-    would bring all of them to each.
+    A threshold, fields [layers], saves the search. A loop and not `vmap`: under `vmap`
+    every search runs until the slowest is done. On a mesh it has to be `vmap`, because
+    a loop over layers that are spread over devices would bring all of them to each.
     """
     if units.shape[0] == 1:
-        first = Count(*(limb[0] for limb in kept))
-        return selection.top_k_mask(units[0], first)[None]
+        return _mask(units[0], jax.tree.map(lambda limb: limb[0], kept))[None]
     if axes.is_sharded(units):
         kept = jax.tree.map(lambda limb: axes.spread_like(limb, units), kept)
-        return jax.vmap(selection.top_k_mask)(units, kept)
-    return jax.lax.map(lambda x: selection.top_k_mask(*x), (units, kept))
+        return jax.vmap(_mask)(units, kept)
+    return jax.lax.map(lambda x: _mask(*x), (units, kept))
+
+
+def _mask(units: jax.Array, kept: Count | Threshold) -> jax.Array:
+    if isinstance(kept, Threshold):
+        return selection.mask_above(units, kept)
+    return selection.top_k_mask(units, kept)
 
 
 def top_k_together(
-    units: Sequence[jax.Array], kept: Sequence[Count]
+    units: Sequence[jax.Array], kept: Sequence[Count] | Sequence[Threshold]
 ) -> list[jax.Array]:
     """Run `top_k` on every array, on the small ones of similar size by one loop."""
     masks: list[Any] = [None] * len(units)
@@ -179,7 +185,9 @@ def top_k_together(
     return masks
 
 
-def _top_k_padded(units: Sequence[jax.Array], kept: Sequence[Count]) -> list[jax.Array]:
+def _top_k_padded(
+    units: Sequence[jax.Array], kept: Sequence[Count | Threshold]
+) -> list[jax.Array]:
     """Run `top_k` once on arrays of several shapes, flattened and padded.
 
     The padding is NaN and comes last, so it loses every comparison and every tie, and

@@ -4,11 +4,11 @@ Per layer: scores -> one score per unit of the pattern (a weight, a block, a cha
 how many units stay (allocation) -> the exact top k -> the packed mask. Leaves of one
 pattern and one sparsity share a budget.
 
-`in_one_program` does all leaves inside the caller's program; `leaf_by_leaf` runs
-outside of jit, stacks nothing and compiles one small program per shape.
+`in_one_program` does all leaves inside the caller's program; `host.leaf_by_leaf` runs
+outside of jit, with one small program per shape.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jopt.arrays import packing, patterns
 from jopt.pruning import layers
 from jopt.pruning.allocation import Allocation, Units
+from jopt.pruning.allocation.ranking import cuts
 from jopt.pruning.leaves import Leaf
 from jopt.pruning.scores import Score, ScoreInputs
 
@@ -44,27 +45,8 @@ def in_one_program(
         lots = layers.make_lots(mine)
         stacked = layers.stack(mine, lots)
         members = [leaves[i] for i in group]
-        found, num_nonfinite = _masks(stacked, lots, members, recipe, count, {})
+        found, num_nonfinite = _masks(stacked, lots, members, recipe, count)
         return take_apart(found, lots, members, mine), num_nonfinite
-
-    return by_group(leaves, masks)
-
-
-def leaf_by_leaf(
-    leaves: Sequence[Leaf], recipe: Recipe, count: jax.Array
-) -> tuple[list[jax.Array], jax.Array]:
-    """Compute what `in_one_program` does, with one compiled program per shape."""
-
-    def masks(group: Sequence[int]) -> tuple[list[jax.Array], jax.Array]:
-        members = [leaves[i] for i in group]
-        scored = [_score_alone(leaf, recipe.score) for leaf in members]
-        lots = [[i] for i in range(len(members))]
-        found, num_nonfinite = _masks(scored, lots, members, recipe, count, _COMPILED)
-        packed = [
-            _jit_pack_layers(mask, leaf.plan.stacked_axis, leaf.is_packed)
-            for mask, leaf in zip(found, members, strict=True)
-        ]
-        return packed, num_nonfinite
 
     return by_group(leaves, masks)
 
@@ -109,12 +91,13 @@ def take_apart(
 
 def score_layers(leaf: Leaf, score: Score) -> jax.Array:
     """Score a leaf: shape [layers, ...]."""
-    return _score_layers(leaf.inputs, leaf.score_state, leaf.plan.stacked_axis, score)
+    return score_of(leaf.inputs, leaf.score_state, leaf.plan.stacked_axis, score)
 
 
-def _score_layers(
+def score_of(
     inputs: ScoreInputs, score_state: Any, stacked_axis: int | None, score: Score
 ) -> jax.Array:
+    """Score what is known of a leaf: shape [layers, ...]."""
     # Compiled alone, what is in the inputs is traced, and an axis must not be.
     inputs = inputs._replace(stacked_axis=stacked_axis)
     try:
@@ -135,14 +118,6 @@ def _score_layers(
     if scores.dtype == jnp.float64:  # selection compares keys of 32 bits
         scores = scores.astype(jnp.float32)
     return layers.to_layers(scores, stacked_axis)
-
-
-def _score_alone(leaf: Leaf, score: Score) -> jax.Array:
-    inputs = leaf.inputs._replace(stacked_axis=None)
-    scored: jax.Array = _jit_score_layers(
-        inputs, leaf.score_state, leaf.plan.stacked_axis, score
-    )
-    return scored
 
 
 def units_of(
@@ -181,36 +156,23 @@ def _masks(
     leaves: Sequence[Leaf],
     recipe: Recipe,
     count: jax.Array,
-    compiled: Mapping[Any, Any],
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Turn stacked scores [layers, ...] of one group into masks of the same shapes.
-
-    `compiled` has the jitted form of steps that are to be programs of their own.
-    """
-
-    def own(step: Any) -> Any:
-        return compiled.get(step, step)
-
+    """Turn stacked scores [layers, ...] of one group into masks of the same shapes."""
     plan = leaves[0].plan
     pattern = plan.pattern
-    stacked = [own(layers.only_finite)(scores) for scores in stacked]
-    # Together where that saves code, one by one where programs are to be shared.
-    lists = [[scores] for scores in stacked] if compiled else [list(stacked)]
-    num_nonfinite = sum(map(own(layers.count_nan), lists), jnp.zeros([], jnp.int32))
+    stacked = [layers.only_finite(scores) for scores in stacked]
+    num_nonfinite = layers.count_nan(stacked)
     if isinstance(pattern, patterns.NM):
-        found = [own(layers.nm_masks)(scores, pattern) for scores in stacked]
+        found = [layers.nm_masks(scores, pattern) for scores in stacked]
         return found, num_nonfinite
-    pooled = [own(layers.pool)(scores, pattern) for scores in stacked]
+    pooled = [layers.pool(scores, pattern) for scores in stacked]
     num_layers = _num_layers(stacked, lots, leaves)
     units = units_of(pooled, lots, leaves, num_layers)
-    kept = recipe.allocation(units, plan.sparsity_at(count))
-    if compiled:
-        masks = [own(layers.top_k)(u, k) for u, k in zip(pooled, kept, strict=True)]
-    else:
-        masks = layers.top_k_together(pooled, kept)
+    kept = cuts(recipe.allocation, units, plan.sparsity_at(count))
+    found = layers.top_k_together(pooled, kept)
     return [
-        own(layers.spread)(mask, pattern, scores.shape[1:])
-        for mask, scores in zip(masks, stacked, strict=True)
+        layers.spread(mask, pattern, scores.shape[1:])
+        for mask, scores in zip(found, stacked, strict=True)
     ], num_nonfinite
 
 
@@ -225,22 +187,3 @@ def _num_layers(
             found[i] = 1 if axis is None else param.shape[axis]
         assert sum(found[i] for i in lot) == scores.shape[0]
     return found
-
-
-_jit_score_layers = jax.jit(_score_layers, static_argnames=("stacked_axis", "score"))
-_jit_pack_layers = jax.jit(
-    layers.pack_layers, static_argnames=("stacked_axis", "is_packed")
-)
-
-
-_COMPILED = {
-    fn: jax.jit(fn, static_argnames=static)
-    for fn, static in (
-        (layers.only_finite, ()),
-        (layers.count_nan, ()),
-        (layers.pool, ("pattern",)),
-        (layers.spread, ("pattern", "shape")),
-        (layers.nm_masks, ("pattern",)),
-        (layers.top_k, ()),
-    )
-}

@@ -102,7 +102,7 @@ def prune(
     choice = Choice(sparsity, pattern, select, stacked_axes)
     check_choice(choice)
     check_allocation(allocation)
-    _check_uniform(allocation, pattern)
+    check_uniform(allocation, pattern)
     check_steps(every_steps, begin_step, end_step)
     if update not in ("step", "host"):
         raise ValueError(f'update must be "step" or "host", got {update!r}')
@@ -148,7 +148,8 @@ def check_allocation(allocation: Any) -> None:
         )
 
 
-def _check_uniform(allocation: Any, pattern: Any) -> None:
+def check_uniform(allocation: Any, pattern: Any) -> None:
+    """Raise for an allocation where the pattern fixes the count of every group."""
     if isinstance(pattern, patterns.NM) and allocation is not allocations.uniform:
         raise ValueError(
             f"allocation must be uniform for {pattern}, which keeps "

@@ -14,7 +14,7 @@ from jopt.updates.states import is_masked_node
 
 
 class PruneState(NamedTuple):
-    """State of `prune`."""
+    """State of every wrapper with masks; of latents, inside that of `project`."""
 
     # NamedTuple has a method of this name, but Optax and its tools expect the field.
     count: jax.Array  # type: ignore[assignment]  # shape=(), int32: updates so far

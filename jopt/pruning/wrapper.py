@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 from jopt.arrays import packing
+from jopt.pruning import host, masks
 from jopt.pruning import leaves as chosen_leaves
-from jopt.pruning import masks
 from jopt.pruning.leaves import Choice, Leaf
 from jopt.pruning.scores import Score
 from jopt.pruning.state import PruneState
@@ -48,7 +48,6 @@ class Method(NamedTuple):
             where they keep everything.
         sparse_gradients: whether the inner optimizer sees gradients, and keeps moments,
             only of weights that are kept. Moments of weights that come back start anew.
-        hold: whether weights outside of the mask stay as they are, in place of zero.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Method(NamedTuple):
     renew: Callable[[list[Leaf], jax.Array], Masks] | None
     start: Any = None  # masks.Recipe | tree of masks | None
     sparse_gradients: bool = False
-    hold: bool = False
 
 
 def due(
@@ -91,28 +89,11 @@ def masked(
         A transformation with a `PruneState`.
     """
     inner = require_transformation(inner, method.name)
-    choice, score = method.choice, method.score
 
     def init(params: optax.Params) -> PruneState:
         require_floats(params, method.name)
-        plans = choice.chosen(params, method.name)
-        first_key = jax.random.key(0) if key is None else jnp.copy(key)
-        starts_random = (
-            isinstance(method.start, masks.Recipe) and method.start.score.random
-        )
-        if key is None and (score.random or starts_random):
-            first_key = _key_from(params, plans)
-        state = PruneState(
-            count=jnp.zeros([], jnp.int32),
-            masks=chosen_leaves.tree_of(masks.full_mask, params, plans),
-            score_state=chosen_leaves.tree_of(score.init, params, plans),
-            key=first_key,  # a copy, because the state may be donated
-            num_nonfinite=jnp.zeros([], jnp.int32),
-            inner_state=inner.init(params),
-        )
-        if method.start is None:
-            return state
-        return state._replace(masks=_first_masks(method, state, params, plans))
+        plans = method.choice.chosen(params, method.name)
+        return init_state(method, params, plans, inner.init(params), key=key)
 
     def update(
         updates: optax.Updates,
@@ -121,42 +102,78 @@ def masked(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PruneState]:
         require_params(params, method.name)
-        treedef: Any
-        packed, treedef = jax.tree.flatten(state.masks)
-        leaves = chosen_leaves.gather(choice, score, state, params, updates, extra_args)
-        leaves = [
-            leaf._replace(score_state=score.update(leaf.inputs, leaf.score_state))
-            for leaf in leaves
-        ]
-        num_nonfinite, renew = state.num_nonfinite, method.renew
-        if renew is not None and packed:
-            packed, num_nonfinite = jax.lax.cond(
-                method.is_due(state.count),
-                lambda: placed_as((packed, num_nonfinite), renew(leaves, state.count)),
-                lambda: (packed, num_nonfinite),
-            )
-        new_masks = treedef.unflatten(packed)
+        new = renewed(method, state, params, updates, extra_args)
         inner_state = state.inner_state
         if method.sparse_gradients:
-            updates = _map_masked(_keep_where, new_masks, updates)
-            if renew is not None:
-                grown = _grown(state.masks, new_masks, params)
+            updates = map_masked(keep_where, new.masks, updates)
+            if method.renew is not None:
+                grown = _grown(state.masks, new.masks, params)
                 inner_state = resets.reset_where(inner, inner_state, params, grown)
         steps, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        if method.hold:
-            new_updates = _map_masked(_keep_where, new_masks, steps)
-        else:
-            new_updates = _map_masked(_mask_step, new_masks, steps, params)
-        return new_updates, PruneState(
-            count=optax.safe_increment(state.count),
-            masks=new_masks,
-            score_state=treedef.unflatten([leaf.score_state for leaf in leaves]),
-            key=state.key,
-            num_nonfinite=num_nonfinite,
-            inner_state=inner_state,
+        new_updates = map_masked(mask_step, new.masks, steps, params)
+        return new_updates, new._replace(
+            count=optax.safe_increment(state.count), inner_state=inner_state
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def init_state(
+    method: Method,
+    params: optax.Params,
+    plans: list[Any],
+    inner_state: optax.OptState,
+    *,
+    key: jax.Array | None,
+) -> PruneState:
+    """Make the first state."""
+    score = method.score
+    first_key = jax.random.key(0) if key is None else jnp.copy(key)
+    starts_random = isinstance(method.start, masks.Recipe) and method.start.score.random
+    if key is None and (score.random or starts_random):
+        first_key = _key_from(params, plans)
+    state = PruneState(
+        count=jnp.zeros([], jnp.int32),
+        masks=chosen_leaves.tree_of(masks.full_mask, params, plans),
+        score_state=chosen_leaves.tree_of(score.init, params, plans),
+        key=first_key,  # a copy, because the state may be donated
+        num_nonfinite=jnp.zeros([], jnp.int32),
+        inner_state=inner_state,
+    )
+    if method.start is None:
+        return state
+    return state._replace(masks=_first_masks(method, state, params, plans))
+
+
+def renewed(
+    method: Method,
+    state: PruneState,
+    params: optax.Params,
+    grads: optax.Updates,
+    extra_args: Mapping[str, Any],
+) -> PruneState:
+    """Advance the memory of the score, and the masks if that is due."""
+    treedef: Any
+    packed, treedef = jax.tree.flatten(state.masks)
+    leaves = chosen_leaves.gather(
+        method.choice, method.score, state, params, grads, extra_args
+    )
+    leaves = [
+        leaf._replace(score_state=method.score.update(leaf.inputs, leaf.score_state))
+        for leaf in leaves
+    ]
+    num_nonfinite, renew = state.num_nonfinite, method.renew
+    if renew is not None and packed:
+        packed, num_nonfinite = jax.lax.cond(
+            method.is_due(state.count),
+            lambda: placed_as((packed, num_nonfinite), renew(leaves, state.count)),
+            lambda: (packed, num_nonfinite),
+        )
+    return state._replace(
+        masks=treedef.unflatten(packed),
+        score_state=treedef.unflatten([leaf.score_state for leaf in leaves]),
+        num_nonfinite=num_nonfinite,
+    )
 
 
 _START = 1  # salt: the first masks are drawn apart from those of the first update
@@ -213,9 +230,12 @@ def refresh(
     leaves = chosen_leaves.gather(
         method.choice, method.score, state, params, grads, extra_args
     )
-    packed, num_nonfinite = masks.leaf_by_leaf(leaves, recipe, state.count)
+    packed, num_nonfinite = host.leaf_by_leaf(leaves, recipe, state.count)
     # Where the old masks lie: the training step is compiled for that.
-    placed = [jax.device_put(b, a.sharding) for a, b in zip(old, packed, strict=True)]
+    placed = [
+        b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
+        for a, b in zip(old, packed, strict=True)
+    ]
     return state._replace(masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite)
 
 
@@ -232,19 +252,23 @@ def placed_as(old: Any, new: Any) -> Any:
     return jax.tree.map(place, old, new)
 
 
-def _map_masked(fn: Callable[..., Any], packed: Any, tree: Any, *rest: Any) -> Any:
+def map_masked(fn: Callable[..., Any], packed: Any, tree: Any, *rest: Any) -> Any:
+    """Map the leaves that have a mask; the others stay."""
+
     def map_leaf(packed: Any, leaf: Any, *others: Any) -> Any:
         return leaf if is_masked_node(packed) else fn(packed, leaf, *others)
 
     return jax.tree.map(map_leaf, packed, tree, *rest, is_leaf=is_masked_node)
 
 
-def _mask_step(packed: jax.Array, step: jax.Array, param: jax.Array) -> jax.Array:
+def mask_step(packed: jax.Array, step: jax.Array, param: jax.Array) -> jax.Array:
+    """Step what is kept, and take everything else to zero."""
     # In the wider of both dtypes: a rounded -param would leave a rest behind.
     return jnp.where(packing.unpack_mask(packed), step, -param)
 
 
-def _keep_where(packed: jax.Array, values: jax.Array) -> jax.Array:
+def keep_where(packed: jax.Array, values: jax.Array) -> jax.Array:
+    """Put zeros where the mask is False."""
     return jnp.where(packing.unpack_mask(packed), values, jnp.zeros_like(values))
 
 

@@ -47,7 +47,7 @@ def resolve(
     [None, 4, 8]
     """
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    compiled = [(_compile(pattern), value) for pattern, value in pairs]
+    compiled = [(compile_pattern(pattern), value) for pattern, value in pairs]
     names = paths.leaf_paths(tree)
     check_patterns((pattern for pattern, _ in compiled), names)
     return [
@@ -74,7 +74,7 @@ def check_patterns(
     ValueError: rules must match at least one leaf each: got '.*kernal', which matches \
 none of 1; near names: 'dense/kernel'
     """
-    for pattern in map(_compile, patterns):
+    for pattern in map(compile_pattern, patterns):
         if names and not any(pattern.fullmatch(name) for name in names):
             raise ValueError(
                 f"rules must match at least one leaf each: got {pattern.pattern!r}, "
@@ -112,7 +112,7 @@ def matching(*patterns: str) -> Matching:
         raise ValueError(
             "matching must have at least one pattern, got none; '.*' matches every path"
         )
-    return Matching(tuple(_compile(pattern).pattern for pattern in patterns))
+    return Matching(tuple(compile_pattern(pattern).pattern for pattern in patterns))
 
 
 def warn_if_none(chosen: Sequence[bool], name: str) -> None:
@@ -226,7 +226,8 @@ def _checked_axis(axis: int, path: str, leaf: Any) -> int:
     return axis % rank
 
 
-def _compile(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+def compile_pattern(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    """Compile a pattern of a rule, or raise a `ValueError`."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -239,11 +240,16 @@ def _compile(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
 def _way_out(pattern: re.Pattern[str], names: Sequence[str]) -> str:
     within = [name for name in names if pattern.search(name)][:3]
     literal = re.sub(r"\\.|[.*+?^$()\[\]{}|]", "", pattern.pattern)
-    near = within or difflib.get_close_matches(literal, names, n=3, cutoff=0.3)
-    listed = "near names: " + ", ".join(map(repr, near or names[:3]))
+    listed = name_near(literal, names, within)
     if not within:
         return listed
     return f"{listed}; a pattern matches whole paths, so try '.*{pattern.pattern}.*'"
+
+
+def name_near(name: str, names: Sequence[str], within: Sequence[str] = ()) -> str:
+    """List up to three names that come near a name, for an error."""
+    near = within or difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    return "near names: " + ", ".join(map(repr, near or names[:3]))
 
 
 def _broadcast_bools(select: Any, tree: Any) -> list[bool]:

@@ -192,6 +192,18 @@ def test_aux_is_stacked_in_scans_and_merged_in_while_loops():
     }
 
 
+def test_aux_of_layers_is_merged_where_the_handler_says_so():
+    model = zoo.ZOO["rnn_remat_scan_cond"]()
+    merged = dataclasses.replace(RUNS, stacks_layers=False)
+    inputs = (model.params, *model.inputs)
+    (out, stacked), (again, aux) = (
+        rewrite(model.apply, h)(*inputs) for h in (RUNS, merged)
+    )
+    assert_equal(out, again)
+    for name, value in stacked.items():
+        assert int(aux[name]["runs"]) == int(value["runs"].sum())
+
+
 def test_aux_of_a_branch_not_taken_is_initial():
     model = zoo.ZOO["cond"]()
     _, aux = rewrite(model.apply, RUNS)(model.params, *model.inputs)

@@ -3,7 +3,7 @@
 import jax.extend.core.primitives
 import pytest
 
-from jopt.programs import compat, operations, primitives, views
+from jopt.programs import compat, operations, primitives, view_rules
 
 NAMES = {
     getattr(jax.extend.core.primitives, name).name
@@ -22,8 +22,8 @@ def test_no_primitive_has_two_entries():
     tables = [
         primitives.PLAIN,
         primitives.OPAQUE,
-        views.SAME,
-        frozenset(views.RULES) - {"gather", "dynamic_slice"},  # views, or lookups
+        view_rules.SAME,
+        frozenset(view_rules.RULES) - {"gather", "dynamic_slice"},  # views, or lookups
         frozenset(operations.TABLE),
         compat.ENTERED,
     ]

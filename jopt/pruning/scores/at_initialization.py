@@ -1,9 +1,12 @@
 """Scores at initialisation: trees of scores of a loss or a function, no training.
 
-masks = jopt.make_masks(
-    params, scores=jopt.scores.snip(loss, params, batches), sparsity=0.9,
-    allocation=jopt.allocation.global_ranking,
-)
+    masks = jopt.make_masks(
+        params, scores=jopt.scores.snip(loss, params, batches), sparsity=0.9,
+        allocation=jopt.allocation.global_ranking,
+    )
+
+Each is a function of trees and usable alone. Leaves that are no floats are not scored:
+`optax.MaskedNode()` stands for them.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jopt.programs.record import inputs_of, require_batches
 from jopt.pruning.scores.score import as_float32
@@ -19,13 +23,18 @@ from jopt.pruning.scores.score import as_float32
 def snip(loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]) -> Any:
     """Score by |w g|: how much the loss notices whether a connection is there.
 
+    score = |w dL/dw|,   L = mean of the loss over batches
+
+    The paper divides by the sum over all weights, which changes no ranking.
+
     Args:
         loss: `loss(params, *inputs) -> scalar`.
         params: the params, at initialisation.
-        batches: of inputs: tuples, or single arrays; the gradient is their mean.
+        batches: of inputs: tuples, or single arrays. Of the loss their mean is taken,
+            each batch with the same weight.
 
     Returns:
-        A tree like params of float32 scores; 0 for leaves that are no floats.
+        A tree like params of float32 scores.
 
     Raises:
         TypeError: `batches` cannot be iterated over.
@@ -40,14 +49,19 @@ def snip(loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]) ->
     {'w': Array([3., 2.], dtype=float32)}
     """
     grads, _ = _mean_gradient(loss, params, batches)
-    return _map_floats(lambda w, g: jnp.abs(w * g), params, grads)
+    take, _ = _floats_of(params)
+    pairs = zip(take(params), grads, strict=True)
+    return _scores_of(params, [jnp.abs(as_float32(w) * g) for w, g in pairs])
 
 
 def grasp(loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]) -> Any:
     """Score by w (H g): keep what the gradient's norm needs.
 
+    score = w (H g),   g and H the gradient and Hessian of the mean loss over batches
+
     Removing w changes ||g||^2 by about -2 w (H g), so what has the lowest w (H g) goes:
-    the gradient flow that is left is largest. (The paper's score is its negative.)
+    the gradient flow that is left is largest. (The paper's score, -w (H g), is high
+    where weights are to be removed.) H g is a forward derivative of the gradient.
 
     Args:
         loss: `loss(params, *inputs) -> scalar`, twice differentiable. The paper divides
@@ -56,7 +70,7 @@ def grasp(loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]) -
         batches: of inputs, iterated over twice: a list, not a generator.
 
     Returns:
-        A tree like params of float32 scores; 0 for leaves that are no floats.
+        A tree like params of float32 scores.
 
     Raises:
         TypeError: `batches` cannot be iterated over twice.
@@ -70,30 +84,39 @@ def grasp(loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]) -
     >>> grasp(lambda p, x: jnp.sum(x * p["w"] ** 2) / 2, params, [jnp.ones(2)])
     {'w': Array([1., 4.], dtype=float32)}
     """
+    require_batches(batches)
     if iter(batches) is batches:
         raise TypeError(
             "batches must be iterable twice, got an iterator; pass list(batches)"
         )
     grads, count = _mean_gradient(loss, params, batches)
     take, put = _floats_of(params)
+    floats = take(params)
+    # H is linear: a tangent of size 1 underflows in no dtype.
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g), initial=0.0) for g in grads]))
+    size = jnp.where(largest > 0, largest, 1.0)
+    tangent = [(g / size).astype(w.dtype) for g, w in zip(grads, floats, strict=True)]
 
     @jax.jit
-    def product(floats: Any, grads: Any, inputs: Any) -> Any:
+    def product(floats: Any, tangent: Any, inputs: Any) -> Any:
         def gradient(floats: Any) -> Any:
             return jax.grad(lambda f: loss(put(f), *inputs))(floats)
 
-        return jax.jvp(gradient, (floats,), (grads,))[1]
+        return _as_float32(jax.jvp(gradient, (floats,), (tangent,))[1])
 
-    floats, total = take(params), None
-    tangent = [g.astype(w.dtype) for g, w in zip(take(grads), floats, strict=True)]
+    total = None
     for item in batches:
         one = product(floats, tangent, inputs_of(item))
         total = one if total is None else jax.tree.map(jnp.add, total, one)
-    products = put(jax.tree.map(lambda h: h / count, total))
-    return _map_floats(lambda w, h: w * h, params, products)
+    assert total is not None
+    factor = size / count
+    products = zip(floats, total, strict=True)
+    return _scores_of(params, [as_float32(w) * (h * factor) for w, h in products])
 
 
-def synflow(apply: Callable[..., Any], params: Any, *inputs: Any) -> Any:
+def synflow(
+    apply: Callable[..., Any], params: Any, *inputs: Any, scale: float = 1.0
+) -> Any:
     """Score by the flow through a weight when all weights are positive: no data.
 
     R = sum of apply(|params|, ones),   score = |w| dR/d|w|
@@ -104,17 +127,27 @@ def synflow(apply: Callable[..., Any], params: Any, *inputs: Any) -> Any:
             lambda p: jopt.scores.synflow(apply, p, x), params, sparsity=0.98
         )
 
+    R grows with the product of all layers and overflows float32 in deep models. There
+    `scale`, small, multiplies the ones, and once more what is differentiated: in models
+    without biases whose norms are in evaluation mode all scores change by one factor.
+    Try one call outside of jit first: compiled, as in `iterative_masks`, an overflow
+    cannot raise, and its scores are not finite.
+
     Args:
         apply: `apply(params, *inputs)`, without what centres its inputs: a norm over
             the batch should be in evaluation mode.
-        params: the params; float leaves are replaced by their absolute values.
-        inputs: of the shapes and dtypes that `apply` takes; floats become ones.
+        params: the params; all float leaves are replaced by their absolute values, in
+            float32 where they are narrower.
+        inputs: arrays or `jax.ShapeDtypeStruct`, such as a batch of one; floats become
+            ones, and what has no values, other than floats, zeros.
+        scale: of the ones, such as 2.0**-60.
 
     Returns:
-        A tree like params of float32 scores; 0 for leaves that are no floats.
+        A tree like params of float32 scores.
 
     Raises:
-        ValueError: (where values are known) the flow overflows or vanishes.
+        ValueError: `scale` is not positive; (outside of jit) the flow overflows, or
+            none comes through.
 
     References:
         Tanaka et al., Pruning neural networks without any data by iteratively
@@ -125,44 +158,71 @@ def synflow(apply: Callable[..., Any], params: Any, *inputs: Any) -> Any:
     {'w': Array([[1.],
            [2.]], dtype=float32)}
     """
-    ones = jax.tree.map(lambda x: jnp.ones_like(x) if _is_float(x) else x, inputs)
+    if not scale > 0:
+        raise ValueError(
+            f"scale must be positive, got {scale}; 2.0**-60 for a deep model"
+        )
     take, put = _floats_of(params)
+    ones = jax.tree.map(lambda x: _ones_like(x, scale), inputs)
 
     def flow(floats: Any) -> jax.Array:
-        out = jax.tree.leaves(apply(put(floats), *ones))
-        total = sum(jnp.sum(y.astype(jnp.float32)) for y in out if _is_float(y))
-        return jnp.asarray(total)
+        total = jnp.zeros([], jnp.float32)
+        for y in jax.tree.leaves(apply(put(floats), *ones)):
+            if _is_float(y):
+                total += jnp.sum(y, dtype=jnp.float32)
+        return total
 
-    positive = [jnp.abs(w) for w in take(params)]
-    value, grads = jax.value_and_grad(flow)(positive)
-    if not isinstance(value, jax.core.Tracer) and not (0 < float(value) < jnp.inf):
+    positive = [jnp.abs(as_float32(w)) for w in take(params)]
+    value, pullback = jax.vjp(flow, positive)
+    (grads,) = pullback(jnp.full_like(value, scale))
+    scores = [w * g for w, g in zip(positive, grads, strict=True)]
+    _check_flow(value, scores)
+    return _scores_of(params, scores)
+
+
+def _ones_like(x: Any, scale: float) -> Any:
+    if _is_float(x):
+        return jnp.full(jnp.shape(x), scale, x.dtype)
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+
+def _check_flow(value: jax.Array, scores: list[jax.Array]) -> None:
+    """Raise where scores say nothing, if their values are known."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    is_finite = all(bool(jnp.isfinite(s).all()) for s in scores)
+    flows = any(bool((s > 0).any()) for s in scores)
+    if not (is_finite and flows and bool(jnp.isfinite(value))):
+        what = "one that overflows" if not is_finite or value > 0 else "none"
         raise ValueError(
-            f"apply must let a positive, finite flow through, got {float(value)}; "
-            "scale the params of a deep model, or take its norms out"
+            f"apply must let a positive, finite flow through, got {what} (R = "
+            f"{float(value)}); scale=2.0**-60 for a deep model, and norms in "
+            "evaluation mode"
         )
-    return _map_floats(lambda w, g: jnp.abs(w) * g, params, put(grads))
 
 
 def _mean_gradient(
     loss: Callable[..., jax.Array], params: Any, batches: Iterable[Any]
-) -> tuple[Any, int]:
-    """Average the gradient over batches, in float32."""
+) -> tuple[list[jax.Array], int]:
+    """Average the gradient of the float leaves over batches, in float32."""
     require_batches(batches)
     take, put = _floats_of(params)
+    floats = take(params)
+    if not floats:
+        raise ValueError("params must have a float leaf to score, got none")
 
     @jax.jit
     def gradient(floats: Any, inputs: Any) -> Any:
-        grads = jax.grad(lambda f: loss(put(f), *inputs))(floats)
-        return [g.astype(jnp.float32) for g in grads]
+        return _as_float32(jax.grad(lambda f: loss(put(f), *inputs))(floats))
 
     total, count = None, 0
     for item in batches:
-        one = gradient(take(params), inputs_of(item))
+        one = gradient(floats, inputs_of(item))
         total = one if total is None else jax.tree.map(jnp.add, total, one)
         count += 1
     if total is None:
         raise ValueError("batches must have at least one item, got none")
-    return put([g / count for g in total]), count
+    return [g / count for g in total], count
 
 
 def _floats_of(params: Any) -> tuple[Callable[[Any], list[Any]], Callable[..., Any]]:
@@ -184,14 +244,22 @@ def _floats_of(params: Any) -> tuple[Callable[[Any], list[Any]], Callable[..., A
     return take, put
 
 
-def _map_floats(fn: Callable[..., jax.Array], params: Any, other: Any) -> Any:
-    def score(w: Any, x: Any) -> jax.Array:
-        if not _is_float(w):
-            return jnp.zeros(jnp.shape(w), jnp.float32)
-        return fn(as_float32(w), as_float32(x)).astype(jnp.float32)
+def _scores_of(params: Any, scores: list[jax.Array]) -> Any:
+    """Put scores in the places of the float leaves, and holes elsewhere."""
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(params)
+    each = iter(scores)
+    return treedef.unflatten(
+        [
+            next(each).astype(jnp.float32) if _is_float(leaf) else optax.MaskedNode()
+            for leaf in leaves
+        ]
+    )
 
-    return jax.tree.map(score, params, other)
+
+def _as_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _is_float(x: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
+    return hasattr(x, "dtype") and bool(jnp.issubdtype(x.dtype, jnp.floating))

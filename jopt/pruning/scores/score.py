@@ -7,10 +7,11 @@ passed by value:
     jopt.prune(inner, sparsity=0.9, scores=lambda param, grad: jnp.abs(param * grad))
 
 A criterion with memory, randomness, or an eye on the mask or the count is a `Score`:
-three functions on one leaf. All see what enters the step. Next: `weights`,
+three functions on one leaf. All see what enters the step. Next: `weights`, `channels`,
 `gradients`, `at_initialization`: the criteria of the field.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -61,13 +62,27 @@ ScoreFunction = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def as_score(scores: ScoreFunction | Score) -> Score:
-    """Lift a plain function `(param, grad) -> scores` to a `Score` without memory."""
+    """Lift a plain function `(param, grad) -> scores` to a `Score` without memory.
+
+    Raises:
+        TypeError: `scores` is neither, such as a criterion with options that was not
+            called.
+
+    >>> as_score(lambda param, grad: param * grad).random
+    False
+    """
     if isinstance(scores, Score):
         return scores
     if not callable(scores):
         raise TypeError(
             "scores must be a function (param, grad) -> scores or a jopt.scores.Score, "
             f"got {scores!r}; for example jopt.scores.magnitude"
+        )
+    if not _takes_two(scores):
+        name = getattr(scores, "__name__", repr(scores))
+        raise TypeError(
+            f"scores must take (param, grad), got {name}, which does not; a criterion "
+            f"with options is called first: scores=jopt.scores.{name}(...)"
         )
     return Score(
         init=lambda param: (),
@@ -76,6 +91,16 @@ def as_score(scores: ScoreFunction | Score) -> Score:
             scores, inputs.stacked_axis, inputs.param, inputs.grad
         ),
     )
+
+
+def _takes_two(fn: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(fn).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # written in C, without a signature
+        return True
+    return True
 
 
 def per_layer(fn: Callable[..., Any], stacked_axis: int | None, *leaves: Any) -> Any:
@@ -96,15 +121,45 @@ def as_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def moving_average(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Return decay * old + (1 - decay) * new, in float32."""
-    return decay * old + (1 - decay) * new.astype(jnp.float32)
+def moving_average(
+    decay: Any, count: jax.Array, old: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Average values over steps in float32, corrected for the start.
+
+    old + rate (new - old),   rate = (1 - decay) / (1 - decay^(count + 1))
+
+    This is Adam's mu / (1 - decay^t) kept in corrected form: after every step the
+    weights of the values so far sum to one.
+
+    Args:
+        decay: in [0, 1).
+        count: of values so far.
+        old: their average, float32; zeros at first.
+        new: the next value.
+
+    Returns:
+        The average with it.
+
+    >>> average = moving_average(0.9, 0, jnp.zeros(1), jnp.array([2.0]))
+    >>> moving_average(0.9, 1, average, jnp.array([4.0])).round(4)
+    Array([3.0526], dtype=float32)
+    """
+    decay = jnp.asarray(decay, jnp.float32)
+    # expm1, because 1 - decay^t of a decay close to 1 has few digits.
+    share = -jnp.expm1(jnp.log(decay) * (count + 1))
+    rate = (1 - decay) / share
+    return (1 - rate) * old + rate * new.astype(jnp.float32)
 
 
-def check_decay(decay: float) -> None:
-    """Raise for what is no weight of the past."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}; for example 0.9")
+def check_decay(decay: Any, *, most: float | None = None) -> None:
+    """Raise for what is no weight of the past; traced numbers pass."""
+    if not isinstance(decay, int | float):
+        return
+    if not (0 <= decay < 1 or decay == most):
+        bracket = ")" if most is None else "]"
+        raise ValueError(
+            f"decay must be in [0, 1{bracket}, got {decay}; 0.9 averages about 10 steps"
+        )
 
 
 def zeros_of(param: jax.Array) -> jax.Array:

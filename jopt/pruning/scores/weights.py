@@ -1,21 +1,25 @@
-"""Scores of the params alone: magnitude, layer-wise ones, and their normalisation."""
+"""Scores of single weights by the params alone, and what makes layers comparable.
 
-from collections.abc import Callable, Mapping
+Magnitudes of different layers do not compare: under one threshold for all, a layer of
+small weights is pruned away. LAMP makes shares of them, `normalized` divides the scores
+of any criterion by a norm over the layer.
+"""
+
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt.arrays import axes
 from jopt.pruning.scores.score import (
     Score,
     ScoreFunction,
-    ScoreInputs,
     as_float32,
     as_score,
     per_layer,
 )
-from jopt.trees import paths, rules
 
 
 def magnitude(param: jax.Array, grad: Any = None) -> jax.Array:
@@ -56,14 +60,18 @@ def lamp(param: jax.Array, grad: Any = None) -> jax.Array:
 
     With `jopt.allocation.global_ranking` layers then compete on equal terms: the
     largest weight of each scores 1. Equal weights count in the order of their index,
-    the lower as the larger. It sorts the layer, which gathers a sharded one.
+    the lower as the larger. Within a layer the order is that of magnitude, down to
+    about 1e-18 of the largest, where scores are 0 in float32.
+
+    It sorts the layer: one that is split over devices is gathered on each for it.
 
     Args:
         param: one layer, any shape.
         grad: not used.
 
     Returns:
-        float32 scores in [0, 1], of the shape of the layer; NaN where w is NaN.
+        float32 scores in [0, 1], of the shape of the layer; NaN where w is not finite,
+        which counts for nothing.
 
     References:
         Lee et al., Layer-adaptive sparsity for the magnitude-based pruning,
@@ -73,149 +81,35 @@ def lamp(param: jax.Array, grad: Any = None) -> jax.Array:
     >>> lamp(jnp.array([1.0, -2.0, 2.0]))
     Array([0.11111111, 1.        , 0.5       ], dtype=float32)
     """
-    energy = jnp.square(as_float32(param)).reshape(-1)
-    order = jnp.argsort(-energy, stable=True)  # NaN come last
-    descending = energy[order]
-    shares = descending / jnp.maximum(jnp.cumsum(descending), _TINY)
-    return jnp.zeros_like(energy).at[order].set(shares).reshape(param.shape)
+    if param.size == 0:
+        return jnp.zeros(param.shape, jnp.float32)
+    is_finite = jnp.isfinite(param)
+    size = jnp.where(is_finite, jnp.abs(param.astype(jnp.float32)), 0.0)
+    # Relative to the largest, or squares of small weights would underflow.
+    size = size / jnp.maximum(jnp.max(size), _TINY)
+    flat = axes.gather_values(size).reshape(-1)
+    order = jnp.argsort(-flat, stable=True)
+    energy = jnp.square(flat[order])
+    # A parallel sum may step back by an ulp; scores must not.
+    outlived_by = jax.lax.cummax(jnp.cumsum(energy))
+    shares = energy / jnp.maximum(outlived_by, _TINY)
+    scores = jnp.zeros_like(flat).at[order].set(shares, unique_indices=True)
+    scores = axes.lay_like(scores.reshape(param.shape), param)
+    return jnp.where(is_finite, scores, jnp.nan)
 
 
 _TINY = np.finfo(np.float32).tiny
 
 
-def fpgm(axis: int = -1) -> ScoreFunction:
-    """Score channels by their distance from all others: the geometric median goes.
-
-    score of channel i = sum over j of ||w_i - w_j||,   given to all its weights
-
-    Made for `pattern=jopt.Channel(axis)`. The distances come from a Gram matrix,
-    ||w_i||^2 + ||w_j||^2 - 2 w_i w_j, of channels squared.
-
-    Args:
-        axis: of the channels.
-
-    Returns:
-        `(param, grad) -> scores` on one layer, float32.
-
-    Raises:
-        ValueError: (when called) a layer lacks the axis.
-
-    References:
-        He et al., Filter Pruning via Geometric Median for Deep Convolutional Neural
-        Networks Acceleration, arXiv:1811.00250.
-
-    >>> import jax.numpy as jnp
-    >>> fpgm()(jnp.array([[0.0, 1.0, 3.0]]), None)
-    Array([[4., 3., 5.]], dtype=float32)
-    """
-
-    def scores(param: jax.Array, grad: Any) -> jax.Array:
-        if not -param.ndim <= axis < param.ndim:
-            raise ValueError(
-                f"fpgm needs an axis {axis} of channels, got shape {param.shape}; name "
-                "another axis or leave the leaf out"
-            )
-        channels = jnp.moveaxis(as_float32(param), axis, 0)
-        # Distances do not change with the mean, and cancel less without it.
-        rows = channels.reshape(channels.shape[0], -1)
-        rows = rows - jnp.mean(rows, axis=0, keepdims=True)
-        gram = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
-        squares = jnp.diagonal(gram)
-        squared = squares[:, None] + squares[None, :] - 2 * gram
-        distances = jnp.sqrt(jnp.maximum(squared, 0.0))
-        total = jnp.sum(distances, axis=1)
-        shape = [1] * param.ndim
-        shape[axis] = -1
-        return jnp.broadcast_to(total.reshape(shape), param.shape)
-
-    return scores
-
-
-def batch_norm_scale(scale_of: Mapping[str, str], *, axis: int = -1) -> Score:
-    """Score a channel by the scale |gamma| of the norm that follows it.
-
-    Made for `pattern=jopt.Channel(axis)` and `allocation.global_ranking`, as in Network
-    Slimming; a penalty on the scales is the loss's.
-
-    Args:
-        scale_of: path of a kernel -> path of the scale of its norm.
-        axis: of the kernel, with the channels of the scale.
-
-    Returns:
-        A score for the kernels that are named; select no others.
-
-    Raises:
-        ValueError: (when used) a path names no leaf, or shapes do not fit.
-
-    References:
-        Liu et al., Learning Efficient Convolutional Networks through Network Slimming,
-        arXiv:1708.06519.
-
-    >>> import jax.numpy as jnp, jopt
-    >>> params = {"conv": jnp.ones((3, 2)), "norm": jnp.array([0.1, -2.0])}
-    >>> slim = jopt.scores.batch_norm_scale({"conv": "norm"})
-    >>> masks = jopt.make_masks(
-    ...     params, scores=slim, sparsity=0.5, pattern=jopt.Channel()
-    ... )
-    >>> masks["conv"][0]
-    Array([False,  True], dtype=bool)
-    """
-    if not isinstance(scale_of, Mapping):
-        raise TypeError(
-            "scale_of must map the path of a kernel to that of its scale, got "
-            f"{type(scale_of).__name__}; for example {{'conv/kernel': 'norm/scale'}}"
-        )
-
-    def context(params: Any, inner_state: Any) -> Any:
-        found, treedef = paths.flatten_with_path(params)
-        leaves = dict(found)
-        names = [*scale_of, *scale_of.values()]
-        rules.check_patterns(map(_quoted, names), list(leaves))
-        scales = [leaves.get(scale_of.get(path, "")) for path, _ in found]
-        return treedef.unflatten(scales)
-
-    def scores(inputs: ScoreInputs, state: Any) -> jax.Array:
-        gamma = inputs.context
-        if gamma is None:
-            raise ValueError(
-                "scale_of must name every kernel that is pruned, got none for a leaf "
-                f"of shape {inputs.param.shape}; choose leaves with select="
-            )
-        return _broadcast_scale(inputs.param, gamma, inputs.stacked_axis, axis)
-
-    return Score(
-        init=lambda param: (),
-        update=lambda inputs, state: state,
-        scores=scores,
-        context=context,
-    )
-
-
-def _quoted(path: str) -> str:
-    return "".join("\\" + c if c in r".^$*+?{}[]\|()" else c for c in path)
-
-
-def _broadcast_scale(
-    param: jax.Array, gamma: jax.Array, stacked_axis: int | None, axis: int
-) -> jax.Array:
-    def one_layer(param: jax.Array, gamma: jax.Array) -> jax.Array:
-        if gamma.shape != (param.shape[axis],):
-            raise ValueError(
-                f"scale_of must name a scale of one number per channel, got shape "
-                f"{gamma.shape} for a kernel of shape {param.shape} and axis {axis}"
-            )
-        shape = [1] * param.ndim
-        shape[axis] = -1
-        return jnp.broadcast_to(jnp.abs(gamma).reshape(shape), param.shape)
-
-    if stacked_axis is None:
-        return one_layer(param, gamma)
-    spread = jax.vmap(one_layer, in_axes=(stacked_axis, 0), out_axes=stacked_axis)
-    return spread(param, gamma)
+def _l2(sizes: jax.Array) -> jax.Array:
+    # Relative to the largest, or squares of small scores would underflow.
+    largest = jnp.max(sizes)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(sizes / unit)))
 
 
 _NORMS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "l2": lambda scores: jnp.sqrt(jnp.sum(jnp.square(scores))),
+    "l2": _l2,
     "mean": jnp.mean,
     "sum": jnp.sum,
     "max": jnp.max,

@@ -1,0 +1,253 @@
+"""One-shot pruning with calibration data: SparseGPT and Wanda on any function.
+
+For each matrix that multiplies, y = x w with w [columns, outputs], the inputs that it
+meets in a few batches say what its weights are worth. Wanda keeps, per output, the
+largest |w_ij| ||x_i||; SparseGPT removes w_ij with the least w_ij^2 / [H^-1]_ii, where
+H = X^T X, and lets the weights after it make up for the loss:
+
+    sparse_params, masks, report = sparsegpt(apply, params, batches, sparsity=0.5)
+
+Earlier layers are pruned first, and later ones see what that does to their inputs
+(`error_propagation`). Frantar and Alistarh, SparseGPT, arXiv:2301.00774; Sun et al., A
+Simple and Effective Pruning Approach for Large Language Models, arXiv:2306.11695.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jopt.arrays.patterns import Pattern, Unstructured
+from jopt.programs import flags, sites
+from jopt.programs.record import inputs_of, require_batches
+from jopt.pruning.allocation import Allocation
+from jopt.pruning.in_order import prune_all_at_once, prune_in_order
+from jopt.pruning.reconstruction import OneShotReport
+from jopt.pruning.solving import Method, check
+from jopt.pruning.sparsegpt import sparsegpt_matrix
+from jopt.pruning.targets import find_targets, resolve_goals
+from jopt.pruning.wanda import wanda_matrix
+from jopt.trees import rules
+
+_UNSTRUCTURED = Unstructured()
+
+SparsityOrRules = float | rules.Rules[float | None] | None
+PatternOrRules = Pattern | rules.Rules[Pattern | None]
+
+
+def sparsegpt(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    sparsity: SparsityOrRules = None,
+    pattern: PatternOrRules = _UNSTRUCTURED,
+    select: rules.Select = None,
+    error_propagation: bool = True,
+    allocation: Allocation | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+    progress: bool = True,
+) -> tuple[Any, Any, OneShotReport]:
+    """Prune by SparseGPT: what stays makes up for what goes.
+
+    Per matrix, with H = X^T X + damping mean(diag(X^T X)) I over all rows X that meet
+    it, columns are treated in blocks of `block_size`; in each block the weights of
+    least w_ij^2 / [H^-1]_ii go, and the error moves to the columns after them.
+
+    What it costs: with `error_propagation`, one forward pass over all batches for each
+    layer of each group of sites with one input (query, key and value share theirs), and
+    one Gram matrix per size of input at a time. Without it, one pass, and all Gram
+    matrices, float32 `[columns, columns]` per layer, at once. An allocation takes a
+    pass more.
+
+    Args:
+        apply: a pure function `apply(params, *inputs)`.
+        params: its parameters, any tree of arrays.
+        batches: of inputs; each item is the tuple of inputs after `params`, and a bare
+            array or dict counts as one input. Passed over more than once: an iterator
+            is read into a list, any other iterable must give the same batches again.
+        sparsity: the fraction of zeros in each matrix, or rules `{path pattern:
+            fraction or None}`, the first match deciding; None for N:M.
+        pattern: `jopt.Unstructured()` or `jopt.NM(n, m)`, whose groups run along the
+            inputs of each site, in the order of the leaf's axes; or rules of them.
+        select: which leaves: a predicate `(path, leaf) -> bool` such as
+            `jopt.matching(...)`, a tree of bools, or None for float leaves that only
+            multiply, of two axes or more not counting stacked layers.
+        error_propagation: whether a layer sees the inputs that the pruned layers before
+            it give, instead of those of the dense model.
+        allocation: one of `jopt.allocation`, to give each layer a sparsity of its own
+            with `sparsity` over all of them. It sees Wanda's scores of the dense model.
+        block_size: columns whose mask is chosen together.
+        damping: part of the mean of the diagonal that is added to it.
+        progress: whether to show a bar, if there is a terminal.
+
+    Returns:
+        `(sparse_params, masks, report)`. The params are as they were but for exact
+        zeros and the weights that make up for them; `masks` has bool leaves, True =
+        keep, where something was pruned and `optax.MaskedNode()` elsewhere, as
+        `jopt.apply_masks` takes them; the report has a row per layer with the relative
+        error ||X W - X W'||^2 / ||X W||^2, and lists what was left alone and why.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or `batches` are no inputs.
+        ValueError: sparsity and pattern do not go together, there is no batch or
+            nothing to prune, inputs do not divide into groups of m, a leaf is
+            compressed, or the inputs of a site are not finite.
+
+    References:
+        Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately
+        Pruned in One-Shot, arXiv:2301.00774.
+
+    >>> import jax.numpy as jnp
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> params = {"w": jnp.array([[1.0], [0.1], [2.0], [0.3]])}
+    >>> x = jnp.eye(4).at[0, 1].set(1.0)
+    >>> sparse, masks, _ = sparsegpt(apply, params, [x], sparsity=0.5)
+    >>> masks["w"][:, 0]
+    Array([ True, False,  True, False], dtype=bool)
+    """
+    options = (("block_size", block_size), ("damping", damping))
+    method = Method("sparsegpt", sparsegpt_matrix, "gram", options)
+    return _one_shot(
+        method,
+        apply,
+        params,
+        batches,
+        sparsity=sparsity,
+        pattern=pattern,
+        select=select,
+        error_propagation=error_propagation,
+        allocation=allocation,
+        progress=progress,
+    )
+
+
+def wanda(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    sparsity: SparsityOrRules = None,
+    pattern: PatternOrRules = _UNSTRUCTURED,
+    select: rules.Select = None,
+    error_propagation: bool = True,
+    allocation: Allocation | None = None,
+    progress: bool = True,
+) -> tuple[Any, Any, OneShotReport]:
+    """Prune by weights and activations: keep the largest |w_ij| ||x_i|| per output.
+
+    x_i are all values of input i that meet the matrix; the weights that stay do not
+    change. Arguments, results and errors are those of `sparsegpt`.
+
+    What it costs: with `error_propagation` the passes of `sparsegpt`, and its Gram
+    matrices, which give norms and errors. Without it, two passes: one for the norms,
+    float32 `[columns]` per layer, one that multiplies by what was removed, for the
+    errors. An allocation takes a pass more with `error_propagation`, none without.
+
+    Args:
+        apply: a pure function `apply(params, *inputs)`.
+        params: its parameters, any tree of arrays.
+        batches: of inputs, as for `sparsegpt`.
+        sparsity: the fraction of zeros for each output, or rules; None for N:M.
+        pattern: `jopt.Unstructured()` or `jopt.NM(n, m)`, or rules.
+        select: which leaves, as for `sparsegpt`.
+        error_propagation: whether a layer sees what pruned layers before it give.
+        allocation: one of `jopt.allocation`, to give each layer its own sparsity.
+        progress: whether to show a bar, if there is a terminal.
+
+    Returns:
+        `(sparse_params, masks, report)`, as for `sparsegpt`.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or `batches` are no inputs.
+        ValueError: as for `sparsegpt`.
+
+    References:
+        Sun et al., A Simple and Effective Pruning Approach for Large Language Models,
+        arXiv:2306.11695.
+
+    >>> import jax.numpy as jnp
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> params = {"w": jnp.array([[1.0], [0.5], [2.0], [0.3]])}
+    >>> x = jnp.diag(jnp.array([1.0, 9.0, 1.0, 1.0]))
+    >>> sparse, masks, report = wanda(apply, params, [x], sparsity=0.5)
+    >>> sparse["w"][:, 0]
+    Array([0. , 0.5, 2. , 0. ], dtype=float32)
+    >>> print(report)
+      layer    shape   sparsity      error
+     ──────────────────────────────────────
+      w       [4, 1]     50.0 %   4.30e-02
+    """
+    return _one_shot(
+        Method("wanda", wanda_matrix, "squares"),
+        apply,
+        params,
+        batches,
+        sparsity=sparsity,
+        pattern=pattern,
+        select=select,
+        error_propagation=error_propagation,
+        allocation=allocation,
+        progress=progress,
+    )
+
+
+def _one_shot(
+    method: Method,
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    sparsity: Any,
+    pattern: Any,
+    select: rules.Select,
+    error_propagation: bool,
+    allocation: Allocation | None,
+    progress: bool,
+) -> tuple[Any, Any, OneShotReport]:
+    """Prune by any method."""
+    goals = resolve_goals(sparsity, pattern, params)
+    _check_allocation(allocation, sparsity, pattern)
+    require_batches(batches)
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("batches must have at least one item, got none")
+    inputs = flags.fix(inputs_of(first))
+    analysis = sites.analyse(apply, params, inputs, {})
+    targets, left = find_targets(analysis.table, params, goals, select)
+    if not targets:
+        listed = "; ".join(f"{path}: {why}" for path, why in left.items())
+        raise ValueError(
+            f"{method.name} must have something to prune, got no leaf that it can "
+            f"({listed or 'none is selected'}); choose others with select"
+        )
+    check(method, targets)  # before the first pass
+    prune = prune_in_order if error_propagation else prune_all_at_once
+    return prune(
+        method,
+        apply,
+        params,
+        batches,
+        analysis,
+        targets,
+        left,
+        None if allocation is None else (allocation, float(sparsity)),
+        progress=progress,
+    )
+
+
+def _check_allocation(allocation: Any, sparsity: Any, pattern: Any) -> None:
+    if allocation is None:
+        return
+    if not callable(allocation):
+        raise TypeError(
+            "allocation must be a function (units, sparsity) -> kept or None, got "
+            f"{allocation!r}; jopt.allocation has some"
+        )
+    if not isinstance(sparsity, int | float) or not isinstance(pattern, Unstructured):
+        raise ValueError(
+            "allocation must come with one sparsity and jopt.Unstructured(), which it "
+            f"divides among layers, got sparsity={sparsity!r} and pattern={pattern!r}; "
+            "rules need no allocation"
+        )

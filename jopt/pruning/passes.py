@@ -1,0 +1,395 @@
+"""Passes over the calibration batches: what meets each target, and what its loss costs.
+
+A pass is one compiled program, run on every batch, whose results add up:
+
+* `moments_of_all` keeps the Gram matrix (or the squared norms) of every layer at once;
+* `moments_of_some` is told by flags, layer by layer, where to keep them, so that one
+  program serves however many passes: what no flag asks for is not computed, and sites
+  of one size share one result;
+* `errors_of_all` multiplies by what a mask removes, where no Gram matrix was kept.
+
+The first two also keep `seen = w v`, with numbers v of our own: whoever takes a part of
+a leaf for w can tell whether that is what the inputs met.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jopt.arrays.axes import gather_values, named_sharding
+from jopt.programs import compat, flags, interpret, sites, statistics
+from jopt.programs.handlers import Handler, Use, to_array
+from jopt.programs.matrices import input_matrix
+from jopt.programs.operations import Site
+from jopt.programs.record import inputs_of
+from jopt.programs.weights import (
+    Part,
+    parts,
+    repeated_batch,
+    shared_batch,
+    weight_matrix,
+)
+from jopt.pruning.targets import Target
+
+Moments = Literal["gram", "squares"]
+Pass = Callable[[Any, Any, Any], Any]
+Found = dict[str, jax.Array]
+
+
+def total(
+    run: Pass, params: Any, batches: Iterable[Any], values: Mapping[str, Any]
+) -> Any:
+    """Run a pass over the batches.
+
+    Args:
+        run: the pass.
+        params: the parameters.
+        batches: of inputs, as `record` takes them.
+        values: site name to what the pass is to know of the site.
+
+    Returns:
+        The sum of what it returns.
+    """
+    found = None
+    for item in batches:
+        now = run(params, flags.fix(inputs_of(item)), values)
+        found = now if found is None else _add(found, now)
+    return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def moments_of_all(
+    apply: Callable[..., Any], targets: Sequence[Target], kind: Moments
+) -> Pass:
+    """Return the pass that keeps the moments of every site.
+
+    Args:
+        apply: the function.
+        targets: whose sites.
+        kind: of moments.
+
+    Returns:
+        The pass; it gives site name to `{"moments", "seen"}`, with leading axes for
+        layers and devices.
+    """
+    statistic = statistics.summed(functools.partial(_measure, kind))
+    handler = Handler(
+        lambda use: (use.run(), statistic.summarize(use)),
+        _at(targets),
+        statistic.initial,
+        statistic.merge,
+    )
+    return _observed(apply, handler)
+
+
+def moments_of_some(
+    apply: Callable[..., Any], targets: Sequence[Target], kind: Moments
+) -> Pass:
+    """Return the pass that keeps moments where it is told to.
+
+    Args:
+        apply: the function.
+        targets: whose sites may be asked for.
+        kind: of moments.
+
+    Returns:
+        The pass; its values are what `asked` returns. It gives `moments`, the sum of
+        those asked for by shape, and `seen` by site name.
+    """
+    statistic = statistics.summed(functools.partial(_measure, kind))
+
+    def call(use: Use) -> tuple[jax.Array, Any]:
+        nothing = _typed_zeros(statistic.summarize, use)
+        found = {
+            name: jax.lax.cond(
+                use.value[name],
+                lambda name=name: compat.vary(statistic.summarize(use)[name]),
+                lambda name=name: compat.vary(nothing[name]),
+            )
+            for name in nothing
+        }
+        return use.run(), found
+
+    handler = Handler(
+        call, _at(targets), statistic.initial, statistic.merge, stacks_layers=False
+    )
+    observe = _observed(apply, handler)
+    by_name = {site.name: site for target in targets for site, _ in target.uses}
+
+    @jax.jit
+    def run(params: Any, inputs: Any, values: Any) -> Any:
+        moments: Found = {}
+        seen = {}
+        for name, found in observe(params, inputs, values).items():
+            # What the devices of a `shard_map` found.
+            devices = [a for a in by_name[name].around if a.kind == "devices"]
+            axes = tuple(range(len(devices)))
+            found = jax.tree.map(lambda x, axes=axes: jnp.sum(x, axis=axes), found)
+            key = str(found["moments"].shape)
+            before = moments.get(key, 0)
+            moments[key] = found["moments"] + before
+            seen[name] = found["seen"]
+        return {"moments": moments, "seen": seen}
+
+    return run
+
+
+def asked(
+    targets: Sequence[Target], kept: Target, seen: Sequence[Target], layer: int
+) -> dict[str, Any]:
+    """Ask for the moments of one target, and for what several targets are.
+
+    Args:
+        targets: all that the pass knows.
+        kept: whose moments to keep.
+        seen: whose weights to tell.
+        layer: of all of them.
+
+    Returns:
+        Site name to flags, with an axis per scan over layers around the site.
+    """
+    values = {
+        site.name: {
+            name: np.zeros(_lengths(site), np.bool_) for name in ("moments", "seen")
+        }
+        for target in targets
+        for site, _ in target.uses
+    }
+    for name, wanted in (("moments", [kept]), ("seen", seen)):
+        for target in wanted:
+            for site, part in target.uses:
+                values[site.name][name][layer_index(target, site, part, layer)] = True
+    return values
+
+
+def layer_index(
+    target: Target, site: Site, part: Part, layer: int
+) -> tuple[int | slice, ...]:
+    """Find a layer of a target in the loops around one of its sites.
+
+    Args:
+        target: with layers.
+        site: that multiplies by it.
+        part: of the site's operand.
+        layer: which one.
+
+    Returns:
+        Per scan over layers around the site, the step, or all where the leaf is the
+        same in every step.
+    """
+    own = [
+        is_own
+        for is_own, around in zip(
+            target.own_layers(site, part), _stacking(site), strict=True
+        )
+        if around.kind == "layers"
+    ]
+    sizes = [n for n, is_own in zip(_lengths(site), own, strict=True) if is_own]
+    steps = iter(np.unravel_index(layer, sizes) if sizes else ())
+    return tuple(int(next(steps)) if is_own else slice(None) for is_own in own)
+
+
+def of_target(target: Target, found: Mapping[str, Any], name: str) -> jax.Array:
+    """Add up what the sites of a target gave.
+
+    Args:
+        target: which one.
+        found: what a pass over all gave, by site name.
+        name: of the part of it.
+
+    Returns:
+        `[layers, ...]`.
+    """
+    every = []
+    for site, part in target.uses:
+        value = found[site.name][name]
+        if isinstance(value, tuple):
+            value = value[_place(site, part)]
+        own = target.own_layers(site, part)
+        shared = tuple(i for i, is_own in enumerate(own) if not is_own)
+        value = jnp.sum(value, axis=shared)
+        every.append(value.reshape(target.layout.sizes[0], *value.shape[sum(own) :]))
+    return functools.reduce(jnp.add, every)
+
+
+def seen_by(target: Target, seen: Mapping[str, Any]) -> jax.Array:
+    """Add up what `seen` says of a target in a pass that was asked for it.
+
+    Args:
+        target: which one.
+        seen: by site name.
+
+    Returns:
+        `[batch, columns]`.
+    """
+    each = (seen[site.name][_place(site, part)] for site, part in target.uses)
+    return functools.reduce(jnp.add, each)
+
+
+def errors_of_all(apply: Callable[..., Any], targets: Sequence[Target]) -> Pass:
+    """Return the pass that measures what masks remove.
+
+    Args:
+        apply: the function.
+        targets: whose sites.
+
+    Returns:
+        The pass; its values are what `removing` returns. It gives site name to
+        `{"errors"}` with `[removed, whole]` squared norms of the results of each part.
+    """
+
+    def summarize(use: Use) -> Any:
+        x = input_matrix(use)
+        operand = jnp.asarray(to_array(use.weight))
+        errors = []
+        for part, kept in zip(parts(use.site), use.value, strict=True):
+            if kept is None:  # a part that is no target
+                errors.append(jnp.zeros(2))
+                continue
+            w = weight_matrix(use.site, part.of(operand)).astype(jnp.float32)
+            mask = repeated_batch(use.site, kept, part.view)
+            errors.append(_everywhere(_squares, x, w, mask))
+        return {"errors": tuple(errors)}
+
+    def initial(site: Site) -> Any:
+        return {"errors": tuple(jnp.zeros(2) for _ in parts(site))}
+
+    handler = Handler(
+        lambda use: (use.run(), summarize(use)),
+        _at(targets),
+        initial,
+        lambda a, b: jax.tree.map(jnp.add, a, b),
+    )
+    return _observed(apply, handler)
+
+
+def removing(
+    targets: Sequence[Target], masks: Mapping[int, jax.Array]
+) -> dict[str, Any]:
+    """Say which weights every site is to be measured without.
+
+    Args:
+        targets: all that the pass knows.
+        masks: of targets by their position, `[layers, batch, columns, outputs]`.
+
+    Returns:
+        Site name to a mask per part, with an axis per scan over layers around; None
+        for a part that is no target.
+    """
+    values: dict[str, list[Any]] = {}
+    for i, target in enumerate(targets):
+        for site, part in target.uses:
+            lengths = _lengths(site)
+            own = target.own_layers(site, part)
+            own = tuple(
+                is_own
+                for is_own, around in zip(own, _stacking(site), strict=True)
+                if around.kind == "layers"
+            )
+            each = masks[i].shape[1:]
+            split = [n if is_own else 1 for n, is_own in zip(lengths, own, strict=True)]
+            mask = masks[i].reshape(*split, *each)
+            every = values.setdefault(site.name, [None] * len(parts(site)))
+            every[_place(site, part)] = jnp.broadcast_to(mask, (*lengths, *each))
+    return {name: tuple(every) for name, every in values.items()}
+
+
+def probe(num_outputs: int) -> jax.Array:
+    """Make numbers for `seen = w v` that no two outputs share."""
+    place = jnp.arange(num_outputs, dtype=jnp.float32)
+    return jnp.cos(1.0 + place * 2.3) + 0.1 * jnp.sin(0.7 * place)
+
+
+def _measure(kind: Moments, use: Use) -> Any:
+    """Keep what meets the weights, and what they are."""
+    is_gram = kind == "gram"
+    statistic = statistics.gram() if is_gram else statistics.norms()
+    moments = statistic.summarize(use)[kind]
+    site = use.site
+    operand = jnp.asarray(to_array(use.weight))
+    seen = []
+    for part in parts(site):
+        w = weight_matrix(site, part.of(operand)).astype(jnp.float32)
+        each = _everywhere(_probed, w)
+        seen.append(shared_batch(site, each, part.view))
+    view = parts(site)[0].view
+    return {"moments": shared_batch(site, moments, view), "seen": tuple(seen)}
+
+
+def _probed(w: jax.Array) -> jax.Array:
+    return jnp.einsum("bkn,n->bk", w, probe(w.shape[-1]), precision="highest")
+
+
+def _squares(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return ||x D||^2 and ||x w||^2, D what the mask removes of w."""
+    removed = jnp.where(mask, 0.0, w)
+    return jnp.stack(
+        [
+            jnp.sum(
+                jnp.square(jnp.einsum("bmk,bkn->bmn", x, each, precision="highest"))
+            )
+            for each in (removed, w)
+        ]
+    )
+
+
+def _everywhere(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Compute a value that every device of an explicit mesh is to have."""
+    shardings = [s for s in map(named_sharding, arrays) if s is not None]
+    if not shardings:
+        return function(*arrays)
+    whole = shardings[0].update(spec=())
+    return jnp.asarray(jax.sharding.auto_axes(function, out_sharding=whole)(*arrays))
+
+
+def _typed_zeros(summarize: Callable[[Use], Any], use: Use) -> Any:
+    """Make zeros of the type that a summary has, its place on a mesh included."""
+    shapes = jax.eval_shape(lambda: summarize(use))
+
+    def zeros(shape: Any) -> jax.Array:
+        sharding = getattr(shape, "sharding", None)
+        blank = jnp.zeros(shape.shape, shape.dtype)
+        if sharding is None or sharding.mesh.empty:
+            return blank
+        return jnp.asarray(jax.sharding.reshard(blank, sharding))  # type: ignore[no-untyped-call]
+
+    return jax.tree.map(zeros, shapes)
+
+
+def _observed(apply: Callable[..., Any], handler: Handler) -> Pass:
+    """Compile what gives the aux values of a handler and nothing else."""
+
+    @jax.jit
+    def run(params: Any, inputs: Any, values: Any) -> Any:
+        analysis = sites.analyse(apply, params, inputs, {})
+        _, aux = interpret.evaluate(analysis, handler, params, inputs, {}, values)
+        return jax.tree.map(gather_values, aux)
+
+    return run
+
+
+def _at(targets: Sequence[Target]) -> Callable[[Site], bool]:
+    names = {site.name for target in targets for site, _ in target.uses}
+    return lambda site: site.name in names
+
+
+def _place(site: Site, part: Part) -> int:
+    """Say which part of a site's operand a part is."""
+    return parts(site).index(part)
+
+
+def _stacking(site: Site) -> list[Any]:
+    """List what stacks the statistics of a site."""
+    return [around for around in site.around if around.kind != "steps"]
+
+
+def _lengths(site: Site) -> tuple[int, ...]:
+    return tuple(around.size for around in site.around if around.kind == "layers")
