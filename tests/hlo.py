@@ -45,10 +45,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _num_bytes(dtype: str, dims: str) -> int:
-    if dtype == "pred":
-        bits = 8
-    else:
-        bits = int(re.search(r"\d+", dtype).group())
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
     return math.ceil(math.prod(int(d) for d in dims.split(",") if d) * bits / 8)
 
 

@@ -219,3 +219,17 @@ def _check_leaf(
             f"updates must hold a gradient for {path!r}, which is pruned, got None; "
             "leave the leaf out by select="
         )
+
+
+def advance(leaf: Leaf, score: Score) -> Leaf:
+    """Let a score with memory see the step, as it does on every step of training."""
+    try:
+        memory = score.update(leaf.inputs, leaf.score_state)
+    except (TypeError, AttributeError) as error:
+        if leaf.inputs.grad is not None:
+            raise
+        raise ValueError(
+            "grads must be given for scores that read them, got None at "
+            f"{leaf.plan.path!r}; pass grads= those of the same step"
+        ) from error
+    return leaf._replace(score_state=memory)

@@ -84,11 +84,7 @@ def make_masks(
         inner_state=optax.EmptyState(),
     )
     leaves = chosen_leaves.gather(choice, score, state, params, grads, {})
-    if grads is not None:
-        leaves = [
-            leaf._replace(score_state=score.update(leaf.inputs, leaf.score_state))
-            for leaf in leaves
-        ]
+    leaves = [chosen_leaves.advance(leaf, score) for leaf in leaves]
     recipe = masks.Recipe(score, allocation)
     treedef: Any = jax.tree.structure(state.masks)
     packed = masks.in_one_program(leaves, recipe, state.count)[0] if leaves else []
@@ -128,7 +124,8 @@ def iterative_masks(
         Masks as those of `jopt.make_masks`.
 
     Raises:
-        ValueError: `sparsity` or `rounds` is out of range, or as `jopt.make_masks`.
+        ValueError: `sparsity` or `rounds` is out of range, scores of weights that are
+            left are not finite, or as `jopt.make_masks`.
 
     References:
         Tanaka et al., Pruning neural networks without any data by iteratively
@@ -150,8 +147,9 @@ def iterative_masks(
     def go_on(params: Any, found: Any, sparsity: jax.Array) -> Any:
         pruned = jax.tree.map(_zero_where_pruned, found, params, is_leaf=is_masked_node)
         scores = score_fn(pruned)
+        broken = jax.tree.map(_broken, found, scores, is_leaf=is_masked_node)
         scores = jax.tree.map(_last_where_pruned, found, scores, is_leaf=is_masked_node)
-        return make_masks(
+        return sum(jax.tree.leaves(broken)), make_masks(
             params,
             sparsity=sparsity,
             scores=scores,
@@ -170,7 +168,12 @@ def iterative_masks(
     )
     for i in range(1, rounds + 1):
         now = jnp.float32(1 - (1 - sparsity) ** (i / rounds))
-        found = go_on(params, found, now)
+        broken, found = go_on(params, found, now)
+        if int(broken):
+            raise ValueError(
+                f"score_fn must return finite scores, got {int(broken)} that are not "
+                f"in round {i}; scale what overflows, as jopt.scores.synflow(scale=)"
+            )
     return found
 
 
@@ -205,3 +208,8 @@ def _zero_where_pruned(mask: Any, param: Any) -> Any:
 def _last_where_pruned(mask: Any, score: Any) -> Any:
     """Rank what is pruned below all else."""
     return score if is_masked_node(mask) else jnp.where(mask, score, jnp.nan)
+
+
+def _broken(mask: Any, score: Any) -> Any:
+    """Count the scores of what is left that are not finite."""
+    return 0 if is_masked_node(mask) else jnp.sum(mask & ~jnp.isfinite(score))

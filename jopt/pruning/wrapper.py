@@ -230,6 +230,8 @@ def refresh(
     leaves = chosen_leaves.gather(
         method.choice, method.score, state, params, grads, extra_args
     )
+    # The step that follows sees the same gradients, and keeps the memory of them.
+    leaves = [chosen_leaves.advance(leaf, method.score) for leaf in leaves]
     packed, num_nonfinite = host.leaf_by_leaf(leaves, recipe, state.count)
     # Where the old masks lie: the training step is compiled for that.
     placed = [
