@@ -8,11 +8,22 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import hypothesis
 import jax
 import pytest
 from jax.sharding import AxisType
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Properties take their number of examples from the profile: few in the suite, as many
+# as the promises ask for in `.ci/nightly`, which draws new ones every time.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, derandomize=True, max_examples=20
+)
+hypothesis.settings.register_profile(
+    "nightly", deadline=None, max_examples=1000, print_blob=True
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jopt
 from jopt import schedules
-
-settings.register_profile("jopt", deadline=None, derandomize=True, max_examples=30)
-settings.load_profile("jopt")
 
 STEPS = np.arange(0, 130)
 

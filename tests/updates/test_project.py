@@ -5,16 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jopt
 from jopt.updates.project import ProjectState
 from jopt.updates.states import map_states
 from tests import contract
-
-settings.register_profile("jopt", deadline=None, derandomize=True, max_examples=30)
-settings.load_profile("jopt")
 
 
 def test_latent_takes_the_inner_steps_and_params_their_projection():
