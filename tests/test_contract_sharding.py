@@ -58,7 +58,8 @@ def test_sharded_equals_one_device(name, kind, request):
     alone = jax.jit(two_steps)(params, grads)
     together, alone = jax.device_get(together), jax.device_get(alone)
     if name in contract.ROUNDED:
-        chex.assert_trees_all_close(together, alone, rtol=1e-6)
+        # Sums differ by an ulp, and params land to an ulp of what they were, about 1.
+        chex.assert_trees_all_close(together, alone, atol=1e-6)
     else:
         contract.assert_same(together, alone)
     assert_no_weight_sized_gather(compiled.as_text(), 16 * 256)
