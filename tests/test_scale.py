@@ -14,7 +14,7 @@ PER_READ = 4 * 4  # four probes; twice that where a layer has 2^31 scores or mor
 
 
 def compiled_update(mesh, rows, *, num_leaves=3, **options):
-    """Compile an update of leaves that are spread over eight devices by their rows."""
+    """Compile an update of leaves that eight devices hold some rows of."""
     tx = jopt.prune(optax.sgd(0.1), sparsity=0.9, **options)
     spread = NamedSharding(mesh, PartitionSpec("data", None))
     params = {
@@ -23,8 +23,9 @@ def compiled_update(mesh, rows, *, num_leaves=3, **options):
         )
         for i in range(num_leaves)
     }
-    state = jax.jit(tx.init)(params)
-    return jax.jit(tx.update).lower(params, state, params).compile(), params, state
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(params)
+        return jax.jit(tx.update).lower(params, state, params).compile()
 
 
 @pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
@@ -33,7 +34,7 @@ def test_one_threshold_over_all_leaves_exchanges_counts(kind, request):
     options = {"allocation": jopt.allocation.global_ranking}
     found = {}
     for rows, num_leaves in ((64, 3), (256, 3), (64, 6)):
-        compiled, *_ = compiled_update(mesh, rows, num_leaves=num_leaves, **options)
+        compiled = compiled_update(mesh, rows, num_leaves=num_leaves, **options)
         text = compiled.as_text()
         hlo.assert_only_counts_travel(text, rows * 128 * 4)
         in_loops = [c.num_bytes for loop in hlo.loops(text).values() for c in loop]

@@ -96,7 +96,8 @@ def _probes(low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _is_plain(columns: jax.Array) -> bool:
-    return axes.is_sharded(columns) or columns[0].size < _NARROW
+    is_small = columns[0].size < _NARROW or columns.shape[0] < _ROWS
+    return is_small or axes.is_sharded(columns)
 
 
 def _count(columns: jax.Array, probes: jax.Array) -> jax.Array:

@@ -114,6 +114,12 @@ class _Work:
             sparsity=target.goal.sparsity if sparsities is None else None,
             pattern=target.goal.pattern,
         )
+        if not bool(jnp.isfinite(solved.weights).all()):
+            raise ValueError(
+                "damping must make every Gram matrix positive definite, got one that "
+                f"is not at {target.layer_name(layer or 0)!r}; raise damping, or bring "
+                "more rows than inputs"
+            )
         self._keep(target, leaf, layer, solved, (layers, batch, *each))
         return solved
 

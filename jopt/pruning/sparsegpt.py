@@ -151,8 +151,10 @@ def prune_with_factor(
     """
     size, num_outputs = weights.shape
     m = pattern.m if isinstance(pattern, patterns.NM) else 1
-    strip = m * max(_STRIP // m, 1)
-    block = strip * -(-min(block_size, size) // strip)
+    groups = -(-min(block_size, size) // m)  # in a block
+    block = m * groups
+    most = max(_STRIP // m, 1)
+    strip = m * next(d for d in range(most, 0, -1) if groups % d == 0)
     kept = None
     if not isinstance(pattern, patterns.NM):
         ends = [min(i + block, size) for i in range(0, size, block)]

@@ -8,6 +8,7 @@ Language Models, arXiv:2306.11695.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -64,16 +65,30 @@ def wanda_matrix(
     Array([[1., 5.],
            [0., 0.]], dtype=float32)
     """
+    if isinstance(sparsity, jax.Array) or sparsity is None:
+        return _prune(weights, squares, sparsity, pattern)
+    return _prune_by_number(weights, squares, float(sparsity), pattern)
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def _prune(
+    weights: jax.Array, squares: jax.Array, sparsity: Any, pattern: patterns.Pattern
+) -> tuple[jax.Array, jax.Array]:
     scores = wanda_scores(weights, squares)
     if isinstance(pattern, patterns.Unstructured) and sparsity is not None:
-        mask = axis_selection.top_k_along(
-            scores, num_kept(weights.shape[0], sparsity), axis=0
-        )
+        kept = num_kept(weights.shape[0], sparsity)
+        mask = axis_selection.top_k_along(scores, kept, axis=0)
     else:
-        mask = patterns.make_mask(
-            scores, sparsity=sparsity, pattern=along_inputs(pattern)
-        )
+        along = along_inputs(pattern)
+        mask = patterns.make_mask(scores, sparsity=sparsity, pattern=along)
     return jnp.where(mask, weights, jnp.zeros_like(weights)), mask
+
+
+# A number is checked, an array is clipped.
+_prune_by_number = jax.jit(
+    _prune.__wrapped__,  # type: ignore[attr-defined]
+    static_argnames=("sparsity", "pattern"),
+)
 
 
 def along_inputs(pattern: patterns.Pattern) -> patterns.Pattern:

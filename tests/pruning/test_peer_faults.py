@@ -77,9 +77,10 @@ def test_5_sharded_leaves_are_ranked_where_they_lie(kind, pattern, request):
     tx = jopt.prune(optax.sgd(0.1), sparsity=sparsity, pattern=pattern)
     _, alone = jax.jit(tx.update)(params, tx.init(params), params)
     sharded = jax.device_put(params, {"w": rows})
-    state = jax.jit(tx.init)(sharded)
-    step = jax.jit(tx.update).lower(sharded, state, sharded).compile()
-    _, state = step(sharded, state, sharded)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(sharded)
+        step = jax.jit(tx.update).lower(sharded, state, sharded).compile()
+        _, state = step(sharded, state, sharded)
     contract.assert_same(
         jax.device_get(jopt.get_masks(state)), jax.device_get(jopt.get_masks(alone))
     )
