@@ -42,7 +42,7 @@ def test_one_threshold_over_all_leaves_exchanges_counts(kind, request):
         assert in_loops.count(PER_READ) == 1
         assert all(b in (PER_READ, 4 * num_leaves) for b in in_loops)
         total = sum(c.num_bytes for c in hlo.collectives(text))
-        assert total - sum(in_loops) <= 12 * num_leaves + 4
+        assert total - sum(in_loops) <= 12 * num_leaves + 8
         found[rows, num_leaves] = total
     assert found[64, 3] == found[256, 3]  # nothing grows with the leaves
 
