@@ -131,9 +131,10 @@ def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
     at = jnp.arange(size)
     backward = backward.at[at, at].add(added[::-1])
     lower = jnp.linalg.cholesky(backward, symmetrize_input=False)
-    return lax.linalg.triangular_solve(
-        lower, jnp.eye(size, dtype=jnp.float32), left_side=True, lower=True
-    )
+    # Behind a barrier, or the program would hold the identity as a constant.
+    at = lax.optimization_barrier(at)  # type: ignore[no-untyped-call]
+    identity = (at[:, None] == at[None, :]).astype(jnp.float32)
+    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
 def prune_with_factor(
