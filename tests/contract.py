@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jopt
 
@@ -132,6 +133,17 @@ ZEROS = {
     "ac_dc": HALF,
     "rewind": HALF,
 }
+
+
+def with_exhaustive(names, always=()):
+    """Mark all but those of one mechanism each: too many to compile on every Python."""
+    always = {*REPRESENTATIVES, *always}
+    return [
+        pytest.param(name, marks=() if name in always else pytest.mark.exhaustive)
+        for name in names
+    ]
+
+
 # Wrappers that add up weights, which on a mesh are added in another order.
 ROUNDED = {"proximal_group"}
 

@@ -11,6 +11,9 @@ import jopt
 from tests import contract
 
 every_wrapper = pytest.mark.parametrize("name", contract.WRAPPERS)
+each_mechanism = pytest.mark.parametrize(
+    "name", contract.with_exhaustive(contract.WRAPPERS)
+)
 representatives = pytest.mark.parametrize("name", contract.REPRESENTATIVES)
 
 
@@ -37,7 +40,7 @@ def test_compiles_once_and_keeps_its_promises_under_jit(name):
         assert bool(jnp.isfinite(leaf).all())
 
 
-@every_wrapper
+@each_mechanism
 def test_scan_equals_a_python_loop(name):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2, momentum=0.9))
     params = contract.make_params()
@@ -58,7 +61,7 @@ def test_scan_equals_a_python_loop(name):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@every_wrapper
+@each_mechanism
 def test_one_state_type_under_cond(name):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
     params = contract.make_params()
@@ -236,7 +239,7 @@ def test_empty_tree(name):
     assert updates == {}
 
 
-@every_wrapper
+@each_mechanism
 def test_donated_params_and_state(name):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
 
@@ -256,7 +259,7 @@ def test_donated_params_and_state(name):
     contract.assert_same(params, plain)
 
 
-@every_wrapper
+@each_mechanism
 def test_vmapped_ensemble(name):
     if name == "prune_host":
         pytest.skip("a host call is outside of vmap")

@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jopt
 from tests import contract
 
-every_wrapper = pytest.mark.parametrize("name", contract.WRAPPERS)
+each_mechanism = pytest.mark.parametrize(
+    "name", contract.with_exhaustive(contract.WRAPPERS)
+)
 
 
 def make_params():
@@ -32,10 +34,8 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(n, kind) for kind in ("auto_mesh", "explicit_mesh") for n in contract.WRAPPERS],
-)
+@pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
+@each_mechanism
 def test_sharded_equals_one_device(name, kind, request):
     mesh = request.getfixturevalue(kind)
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
@@ -76,7 +76,7 @@ def assert_no_weight_sized_gather(hlo, weight_size):
             assert max(sizes) < weight_size // 4, line
 
 
-@every_wrapper
+@each_mechanism
 def test_pmap_with_an_axis_name(name):
     if name == "prune_host":
         pytest.skip("a host call is outside of pmap")
@@ -105,7 +105,7 @@ def step_alone(tx, params, state, grads):
     return optax.apply_updates(params, updates), state
 
 
-@every_wrapper
+@each_mechanism
 def test_restored_state_continues_bit_for_bit(name, tmp_path):
     tx = contract.WRAPPERS[name](optax.adamw(1e-2))
     update = jax.jit(tx.update)

@@ -5,6 +5,7 @@ what reads it, and the next pass runs with the pruned params. All at once, one p
 gives the moments of everything.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,16 +21,8 @@ from jopt.programs.sources import Sources
 from jopt.pruning import passes
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.reconstruction import LayerRow, OneShotReport
-from jopt.pruning.solving import (
-    Method,
-    Solved,
-    is_met,
-    on_every_device,
-    placed_as,
-    read,
-    solve,
-    write,
-)
+from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer, read
+from jopt.pruning.spread import on_every_device
 from jopt.pruning.targets import Target
 
 Budget = tuple[Allocation, float] | None
@@ -70,109 +63,77 @@ class _Work:
     def prune(
         self,
         i: int,
-        layer: int | None,
-        moments: jax.Array,
+        layer: int,
+        inputs: Inputs,
         seen: jax.Array,
-        sparsities: Any,
-    ) -> Solved | None:
-        """Prune a target, all of its layers or one.
+        sparsity: Any,
+    ) -> Facts | None:
+        """Prune a layer of a target.
 
         Args:
             i: which target.
-            layer: which layer, or None for all.
-            moments: `[layers, batch, columns, ...]`.
-            seen: `[layers, batch, columns]`.
-            sparsities: per layer, or None for the goal's.
+            layer: which layer.
+            inputs: of the layer.
+            seen: `[batch, columns]`.
+            sparsity: of this layer, or None for the goal's.
 
         Returns:
-            What became of its matrices; None if they are not what was met.
+            What became of its matrices; None if they were left alone.
         """
         target = self.targets[i]
-        leaf = on_every_device(jnp.asarray(self.leaves[target.leaf]))
-        matrices = read(leaf, layer, layout=target.layout)
-        if layer is not None:
-            matrices = matrices[None]
-        moments = on_every_device(moments)
-        facts = (jnp.isfinite(moments).all(), is_met(on_every_device(seen), matrices))
-        is_finite, was_met = jax.device_get(facts)
-        if not is_finite:
+        at = target.leaf
+        name = target.layer_name(layer)
+        leaf, mask, facts = prune_layer(
+            self.leaves[at],
+            self.masks.get(at),
+            inputs,
+            seen,
+            layer,
+            sparsity,
+            target=target,
+            method=self.method,
+            is_own=at in self.masks,
+        )
+        if facts.is_pruned or at in self.masks:
+            self.leaves[at], self.masks[at] = leaf, mask
+        if not facts.is_finite:
             raise ValueError(
-                f"inputs of every site must be finite, got NaN or infinity at "
-                f"{target.layer_name(layer or 0)!r}; look at the batches, or leave "
-                f"{target.path!r} out with select"
+                f"inputs of every site must be finite, got NaN or infinity at {name!r};"
+                f" look at the batches, or leave {target.path!r} out with select"
             )
-        if not was_met.all():
+        if not facts.is_met:
             self.left[target.name] = _NOT_MET
             return None
-        layers, batch, *each = matrices.shape
-        n = layers * batch
-        solved = solve(
-            matrices.reshape(n, *each),
-            moments.reshape(n, *moments.shape[2:]),
-            None if sparsities is None else jnp.repeat(sparsities, batch),
-            method=self.method,
-            sparsity=target.goal.sparsity if sparsities is None else None,
-            pattern=target.goal.pattern,
-        )
-        if not bool(jnp.isfinite(solved.weights).all()):
+        if not facts.is_solved:
             raise ValueError(
                 "damping must make every Gram matrix positive definite, got one that "
-                f"is not at {target.layer_name(layer or 0)!r}; raise damping, or bring "
-                "more rows than inputs"
+                f"is not at {name!r}; raise damping, or bring more rows than inputs"
             )
-        self._keep(target, leaf, layer, solved, (layers, batch, *each))
-        return solved
+        if not facts.reached.all():
+            several = facts.reached.size > 1
+            count = f" in {np.sum(~facts.reached)} of {facts.reached.size} matrices"
+            self.left[name] = _NOT_REACHED + count * several
+        return facts if facts.reached.any() else None
 
-    def _keep(
-        self,
-        target: Target,
-        leaf: jax.Array,
-        layer: int | None,
-        solved: Solved,
-        shape: tuple[int, ...],
-    ) -> None:
-        """Put pruned matrices back."""
-        if not bool(solved.reached.any()):
-            return
-        shape = shape if layer is None else shape[1:]
-        pruned = write(solved.weights.reshape(shape), leaf, layer, layout=target.layout)
-        self.leaves[target.leaf] = placed_as(pruned, self.leaves[target.leaf])
-        before = self.masks.get(target.leaf)
-        before = jnp.ones_like(leaf, jnp.bool_) if before is None else before
-        mask = write(
-            solved.mask.reshape(shape),
-            on_every_device(before),
-            layer,
-            layout=target.layout,
-        )
-        self.masks[target.leaf] = placed_as(mask, self.dense[target.leaf])
-
-    def note(self, i: int, layer: int, solved: Solved, errors: Any) -> None:
+    def note(self, i: int, layer: int, facts: Facts, errors: Any) -> None:
         """Write down what became of one layer.
 
         Args:
             i: which target.
             layer: which layer.
-            solved: its matrices alone.
+            facts: of it.
             errors: `[2]`, squared norms of what was lost and of all.
         """
         target = self.targets[i]
-        name = target.layer_name(layer)
-        reached, num_kept = jax.device_get((solved.reached, solved.mask.sum()))
-        if not reached.all():
-            several = reached.size > 1
-            count = f" in {np.sum(~reached)} of {reached.size} matrices"
-            self.left[name] = _NOT_REACHED + count * several
-        if not reached.any():
-            return
-        batch, *shape = solved.mask.shape
+        _, batch, *shape = target.layout.sizes
+        num_weights = math.prod((batch, *shape))
         lost, whole = map(float, errors)
         self.rows[i, layer] = LayerRow(
-            name=name,
+            name=target.layer_name(layer),
             path=target.path,
             layer=layer if target.is_stacked else None,
             shape=tuple(shape) if batch == 1 else (batch, *shape),
-            sparsity=1 - int(num_kept) / solved.mask.size,
+            sparsity=1 - int(facts.num_kept.sum(dtype=np.int64)) / num_weights,
             error=lost / whole if whole else 0.0,
         )
 
@@ -228,14 +189,15 @@ def prune_in_order(
         values = passes.asked(targets, asked[0], asked, step.layer)
         found = passes.total(observe, work.params, batches, values)
         _, batch, columns, _ = asked[0].layout.sizes
-        gram = found["moments"][str((batch, columns, columns))]
+        gram = found["moments"].pop(str((batch, columns, columns)))
+        inputs = prepare(gram, method=method)
+        del gram
         for i in active:
             seen = passes.seen_by(targets[i], found["seen"])
-            own = None if shares is None else shares[i][step.layer : step.layer + 1]
-            solved = work.prune(i, step.layer, gram[None], seen[None], own)
-            if solved is not None:
-                errors = jax.device_get(solved.errors).sum(0)
-                work.note(i, step.layer, solved, errors)
+            own = None if shares is None else shares[i][step.layer]
+            facts = work.prune(i, step.layer, inputs, seen, own)
+            if facts is not None:
+                work.note(i, step.layer, facts, facts.errors)
     return work.result([(i, step.layer) for step in steps for i in step.targets])
 
 
@@ -259,7 +221,7 @@ def prune_all_at_once(
     shares: Any = [None] * len(targets)
     if budget is not None:
         shares = _shares(budget, work, _squares_of(targets, found, method.moments))
-    everything: dict[int, Solved] = {}
+    pruned: dict[tuple[int, int], Facts] = {}
     order = [
         (i, step.layer)
         for step in _steps(Sources(analysis.traced.body), targets)
@@ -269,19 +231,19 @@ def prune_all_at_once(
         target = targets[i]
         moments = passes.of_target(target, found, "moments")
         seen = passes.of_target(target, found, "seen")
-        solved = work.prune(i, None, moments, seen, shares[i])
-        if solved is not None:
-            everything[i] = solved._replace(weights=None)  # not kept twice
-    errors = {i: s.errors for i, s in everything.items()}
-    if method.moments != "gram":
-        errors = _measured_errors(apply, params, batches, targets, everything, progress)
-    for i, solved in everything.items():
-        layers = targets[i].layout.sizes[0]
-        sums = jax.device_get(errors[i]).reshape(layers, -1, 2).sum(1)
-        split = jax.tree.map(lambda x, n=layers: x.reshape(n, -1, *x.shape[1:]), solved)
-        for layer in range(layers):
-            one = jax.tree.map(lambda x, layer=layer: x[layer], split)
-            work.note(i, layer, one, sums[layer])
+        for layer in range(target.layout.sizes[0]):
+            inputs = prepare(moments[layer], method=method)
+            own = None if shares[i] is None else shares[i][layer]
+            facts = work.prune(i, layer, inputs, seen[layer], own)
+            if facts is not None:
+                pruned[i, layer] = facts
+    if method.moments == "gram":
+        for (i, layer), facts in pruned.items():
+            work.note(i, layer, facts, facts.errors)
+        return work.result(order)
+    errors = _measured_errors(apply, params, batches, work, pruned, progress)
+    for (i, layer), facts in pruned.items():
+        work.note(i, layer, facts, errors[i][layer])
     return work.result(order)
 
 
@@ -289,23 +251,24 @@ def _measured_errors(
     apply: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
-    targets: Sequence[Target],
-    solved: dict[int, Solved],
+    work: _Work,
+    done: Iterable[tuple[int, int]],
     progress: bool,
-) -> dict[int, jax.Array]:
+) -> dict[int, Any]:
     """Multiply what was met by what was removed, in another pass."""
-    if not solved:
+    numbers = list(dict.fromkeys(i for i, _ in done))
+    if not numbers:
         return {}
-    pruned = [targets[i] for i in solved]
-    masks = {
-        place: solved[i].mask.reshape(targets[i].layout.sizes)
-        for place, i in enumerate(solved)
-    }
+    pruned = [work.targets[i] for i in numbers]
+    masks = [read(work.masks[t.leaf], layout=t.layout) for t in pruned]
     measure = passes.errors_of_all(apply, pruned)
-    values = passes.removing(pruned, masks)
+    values = passes.removing(pruned, dict(enumerate(masks)))
     batches = track(batches, "measuring errors", progress)
     found = passes.total(measure, params, batches, values)
-    return {i: passes.of_target(targets[i], found, "errors") for i in solved}
+    return {
+        i: jax.device_get(passes.of_target(target, found, "errors"))
+        for i, target in zip(numbers, pruned, strict=True)
+    }
 
 
 def _steps(sources: Sources, targets: Sequence[Target]) -> list[_Step]:
@@ -351,7 +314,7 @@ def _shares(
     start = 0
     for target, each in zip(work.targets, squares, strict=True):
         leaf = on_every_device(jnp.asarray(work.leaves[target.leaf]))
-        weights = jnp.abs(read(leaf, None, layout=target.layout).astype(jnp.float32))
+        weights = jnp.abs(read(leaf, layout=target.layout).astype(jnp.float32))
         layers = weights.shape[0]
         scores = weights * jnp.sqrt(on_every_device(each))[..., None]
         units.append(

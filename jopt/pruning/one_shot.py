@@ -22,9 +22,9 @@ from jopt.pruning.allocation import Allocation
 from jopt.pruning.in_order import prune_all_at_once, prune_in_order
 from jopt.pruning.reconstruction import OneShotReport
 from jopt.pruning.solving import Method, check
-from jopt.pruning.sparsegpt import sparsegpt_matrix
+from jopt.pruning.sparsegpt import prepare, prune_prepared
 from jopt.pruning.targets import find_targets, resolve_goals
-from jopt.pruning.wanda import wanda_matrix
+from jopt.pruning.wanda import prune_given_squares
 from jopt.trees import rules
 
 _UNSTRUCTURED = Unstructured()
@@ -106,7 +106,13 @@ def sparsegpt(
     Array([ True, False,  True, False], dtype=bool)
     """
     options = (("block_size", block_size), ("damping", damping))
-    method = Method("sparsegpt", sparsegpt_matrix, "gram", options)
+    method = Method(
+        "sparsegpt",
+        prune_prepared,
+        "gram",
+        prepare,
+        options,
+    )
     return _one_shot(
         method,
         apply,
@@ -178,7 +184,7 @@ def wanda(
       w       [4, 1]     50.0 %   4.30e-02
     """
     return _one_shot(
-        Method("wanda", wanda_matrix, "squares"),
+        Method("wanda", prune_given_squares, "squares"),
         apply,
         params,
         batches,

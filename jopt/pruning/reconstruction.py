@@ -8,12 +8,15 @@ layer met in the calibration batches.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import rich.box
 import rich.table
 import rich.text
+from jax import lax
 
 from jopt.trees import report
 
@@ -96,3 +99,105 @@ class OneShotReport:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+_TILE = 512  # of a Gram matrix
+_OUTPUTS = 256
+
+
+def squared_norms(
+    weights: jax.Array, pruned: jax.Array, gram: jax.Array, squares: jax.Array
+) -> jax.Array:
+    """Return ||X (W - W')||^2 and ||X W||^2, as tr(D^T G D).
+
+    Half of G is enough, sum_i G_ii d_i.d_i + 2 sum_{i > j} G_ij d_i.d_j. D and the
+    products are made some outputs and a tile at a time.
+
+    Args:
+        weights: W [columns, outputs].
+        pruned: W', of that shape.
+        gram: [columns, columns], read below the diagonal.
+        squares: [columns], its diagonal.
+
+    Returns:
+        Both, float32 [2].
+
+    >>> gram, w = jnp.array([[2.0, 7.0], [1.0, 1.0]]), jnp.array([[1.0], [1.0]])
+    >>> squared_norms(w, w.at[1].set(0.0), gram, jnp.array([2.0, 1.0]))
+    Array([1., 5.], dtype=float32)
+    """
+    columns, outputs = weights.shape
+    tiles = _Chunks(columns, _TILE)
+
+    def of_outputs(start: jax.Array, is_new: jax.Array) -> jax.Array:
+        size = (tiles.width, is_new.shape[0])
+
+        def both(row: jax.Array) -> jax.Array:
+            """W - W' and W, rows from one on."""
+            w, less = (
+                lax.dynamic_slice(x, (row, start), size).astype(jnp.float32)
+                for x in (weights, pruned)
+            )
+            return jnp.where(is_new[None, None, :], jnp.stack([w - less, w]), 0.0)
+
+        def of_rows(i: jax.Array, found: jax.Array) -> jax.Array:
+            row, is_new_row = tiles.at(i)
+            rows = row + jnp.arange(tiles.width)
+
+            def add(k: jax.Array, total: jax.Array) -> jax.Array:
+                column, is_new_column = tiles.at(k)
+                tile = lax.dynamic_slice(gram, (row, column), (tiles.width,) * 2)
+                is_below = rows[:, None] > column + jnp.arange(tiles.width)[None, :]
+                tile = jnp.where(is_below & is_new_column[None, :], tile, 0.0)
+                each = both(column)
+                product = jnp.einsum(
+                    "ij,djo->dio", tile, each, precision=lax.Precision.HIGHEST
+                )
+                return total + product
+
+            mine = both(row)
+            own = lax.dynamic_slice_in_dim(squares, row, tiles.width)
+            own = own[None, :, None] * mine
+            total = lax.fori_loop(0, i + 1, add, jnp.zeros_like(mine))
+            is_new_row = is_new_row[None, :, None]
+            terms = jnp.where(is_new_row, mine * (own + 2 * total), 0.0)
+            return found + terms.sum((1, 2))
+
+        return lax.fori_loop(0, tiles.number, of_rows, jnp.zeros(2))
+
+    return sum_by_outputs(of_outputs, outputs)
+
+
+def sum_by_outputs(
+    some: Callable[[jax.Array, jax.Array], jax.Array], num_outputs: int
+) -> jax.Array:
+    """Add up what a function says of some outputs after others, so that little is held.
+
+    Args:
+        some: `(first output, [width] which of those from there on are to count)` to an
+            array.
+        num_outputs: of all.
+
+    Returns:
+        The sum.
+    """
+    chunks = _Chunks(num_outputs, _OUTPUTS)
+    shape = jax.eval_shape(lambda: some(*chunks.at(jnp.int32(0))))
+    nothing = jnp.zeros(shape.shape, shape.dtype)
+    return lax.fori_loop(
+        0, chunks.number, lambda i, found: found + some(*chunks.at(i)), nothing
+    )
+
+
+class _Chunks:
+    """Parts of one width; the last overlaps the one before."""
+
+    def __init__(self, size: int, width: int) -> None:
+        self.size = size
+        self.width = min(width, size)
+        self.number = -(-size // self.width)
+
+    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return where a part starts, and which of its places no other had before."""
+        start = jnp.minimum(i * self.width, self.size - self.width)
+        return start, start + jnp.arange(self.width) >= i * self.width

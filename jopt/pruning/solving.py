@@ -1,4 +1,12 @@
-"""Prune matrices of one shape, and say what that costs: one program per shape."""
+"""Prune the matrices of one layer of a leaf, in one program, and say what that costs.
+
+    prepare:      Gram matrices  ->  what the method reads of them, in their place
+    prune_layer:  leaf, mask     ->  leaf, mask, facts
+
+Memory is the point of the cut: a Gram matrix is as large as what it prunes. Inputs that
+several leaves share are prepared once; nothing of the size of a leaf is reshaped,
+copied or compared outside of the one program that writes the result.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import NamedSharding
 
-from jopt.arrays.patterns import Pattern
 from jopt.programs.layouts import Layout
 from jopt.pruning.passes import Moments, probe
-from jopt.pruning.targets import Target
+from jopt.pruning.reconstruction import squared_norms, sum_by_outputs
+from jopt.pruning.spread import as_automatic, by_outputs, on_every_device, placed_as
+from jopt.pruning.targets import Goal, Target
 
 
 class Method(NamedTuple):
@@ -19,15 +29,57 @@ class Method(NamedTuple):
 
     Attributes:
         name: as users call it.
-        matrix: `(weights, moments, *, sparsity, pattern, ...) -> (weights, mask)`.
+        matrix: `(weights, prepared, squares, *, sparsity, pattern, **options)`
+            to weights and mask.
         moments: what it needs of the inputs.
+        prepare: `(gram, **options)` to an array of its shape that holds the Gram matrix
+            below the diagonal; None for the Gram matrix itself.
         options: further arguments.
     """
 
     name: str
     matrix: Callable[..., tuple[jax.Array, jax.Array]]
     moments: Moments
+    prepare: Callable[..., jax.Array] | None = None
     options: tuple[tuple[str, Any], ...] = ()
+
+
+class Inputs(NamedTuple):
+    """What is known of the inputs of one layer.
+
+    Attributes:
+        prepared: `[batch, columns, columns]`, None where only squares are kept.
+        squares: `[batch, columns]`, of the norm of each input.
+    """
+
+    prepared: jax.Array | None
+    squares: jax.Array
+
+
+class Facts(NamedTuple):
+    """What became of the matrices of one layer.
+
+    Attributes:
+        is_finite: whether the inputs are.
+        is_met: whether the matrices are what the inputs met.
+        is_solved: whether the result is finite.
+        reached: `[batch]`, whether other inputs than zeros came.
+        num_kept: `[batch]`, weights that the mask keeps.
+        errors: `[2]`, squared norms of what was lost of the results, and of all of
+            them; NaN where no Gram matrix was kept.
+    """
+
+    is_finite: Any
+    is_met: Any
+    is_solved: Any
+    reached: Any
+    num_kept: Any
+    errors: Any
+
+    @property
+    def is_pruned(self) -> Any:
+        """Whether any matrix was pruned."""
+        return self.is_finite & self.is_met & self.is_solved & self.reached.any()
 
 
 def check(method: Method, targets: Sequence[Target]) -> None:
@@ -38,139 +90,229 @@ def check(method: Method, targets: Sequence[Target]) -> None:
         targets: with their goals.
     """
     for columns, outputs, goal in {(*t.layout.sizes[2:], t.goal) for t in targets}:
-        is_gram = method.moments == "gram"
-        moments = (columns, columns) if is_gram else (columns,)
-        solve_one = functools.partial(
-            method.matrix,
-            sparsity=goal.sparsity,
-            pattern=goal.pattern,
-            **dict(method.options),
-        )
-        shapes = [(columns, outputs), moments]
-        jax.eval_shape(lambda: solve_one(*map(jnp.zeros, shapes)))  # noqa: B023
+        _check_one(columns, outputs, goal, method)
 
 
-class Solved(NamedTuple):
-    """What became of some matrices.
+def _check_one(columns: int, outputs: int, goal: Goal, method: Method) -> None:
+    def go() -> Any:
+        weights = jnp.zeros((columns, outputs))
+        prepared = None
+        if method.moments == "gram":
+            prepared = _prepare(jnp.zeros((columns, columns)), method)
+        squares = jnp.zeros(columns)
+        return _solve(weights, prepared, squares, goal.sparsity, method, goal)
 
-    Attributes:
-        weights: `[n, columns, outputs]`, in the dtype of the leaf; None once used.
-        mask: of the same shape; all True where no input but zeros came.
-        reached: `[n]`, whether other inputs came.
-        errors: `[n, 2]`, squared norms of what was lost of the results, and of all of
-            them; NaN where no Gram matrix was kept.
-    """
-
-    weights: Any
-    mask: jax.Array
-    reached: jax.Array
-    errors: jax.Array
+    jax.eval_shape(go)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "sparsity", "pattern"))
-def solve(
-    weights: jax.Array,
-    moments: jax.Array,
-    sparsities: jax.Array | None,
-    *,
-    method: Method,
-    sparsity: float | None,
-    pattern: Pattern,
-) -> Solved:
-    """Prune matrices of one shape, one after the other.
+@functools.partial(jax.jit, static_argnames="method", donate_argnums=0)
+def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
+    squares = jnp.diagonal(gram, axis1=1, axis2=2)
+    return Inputs(_each(lambda g: _prepare(g, method), gram), squares)
+
+
+def _prepare(gram: jax.Array, method: Method) -> jax.Array:
+    if method.prepare is None:
+        return gram
+    return method.prepare(gram, **dict(method.options))
+
+
+def prepare(moments: jax.Array, *, method: Method) -> Inputs:
+    """Get ready what the matrices that read one input share.
 
     Args:
-        weights: `[n, columns, outputs]`.
-        moments: Gram matrices `[n, columns, columns]`, or squares `[n, columns]`.
-        sparsities: `[n]`, or None for `sparsity` everywhere.
-        method: what to do.
-        sparsity: of all of them.
-        pattern: of the mask.
+        moments: `[batch, columns, columns]`, used up; or squares `[batch, columns]`.
+        method: what will be done.
 
     Returns:
-        The pruned matrices.
+        What is known of the input, on every device of its mesh.
     """
-
-    def one(each: tuple[jax.Array, jax.Array, jax.Array | None]) -> Solved:
-        w, m, own = each
-        squares = jnp.diagonal(m) if m.ndim == 2 else m
-        wide = w.astype(jnp.float32)
-        pruned, mask = method.matrix(
-            wide,
-            m if method.moments == "gram" else squares,
-            sparsity=sparsity if own is None else own,
-            pattern=pattern,
-            **dict(method.options),
-        )
-        reached = jnp.any(squares > 0)
-        mask = mask | ~reached
-        # What did not change keeps every bit, in float64 too.
-        is_same = ~reached | (pruned == wide)
-        kept = jnp.where(is_same, w, pruned.astype(w.dtype))
-        kept = jnp.where(mask, kept, jnp.zeros_like(kept))
-        errors = jnp.full(2, jnp.nan)
-        if m.ndim == 2:
-            both = (wide - kept.astype(jnp.float32), wide)
-            errors = jnp.stack([_squared_norm(each, m) for each in both])
-        return Solved(kept, mask, reached, errors)
-
-    return jax.lax.map(one, (weights, moments, sparsities))
+    moments = on_every_device(moments)
+    if moments.ndim == 2:
+        return Inputs(None, moments)
+    return _prepared(moments, method=method)
 
 
-def _squared_norm(w: jax.Array, gram: jax.Array) -> jax.Array:
-    """Return tr(W^T G W) = ||X W||^2."""
-    return jnp.sum(w * jnp.matmul(gram, w, precision="highest"))
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def read(leaf: jax.Array, layer: Any, *, layout: Layout) -> jax.Array:
-    """Read all matrices of a leaf, or those of one layer.
+def prune_layer(
+    leaf: jax.Array,
+    mask: jax.Array | None,
+    inputs: Inputs,
+    seen: jax.Array,
+    layer: int,
+    sparsity: Any,
+    *,
+    target: Target,
+    method: Method,
+    is_own: bool,
+) -> tuple[jax.Array, jax.Array, Facts]:
+    """Prune one layer of a leaf.
 
     Args:
         leaf: weights.
-        layer: None for all.
-        layout: of the matrices.
+        mask: of the leaf so far, None before its first layer; used up.
+        inputs: what `prepare` returned.
+        seen: `[batch, columns]`, sums of `w v`.
+        layer: which one.
+        sparsity: of this layer, None for what the target's goal says.
+        target: which matrices.
+        method: what to do.
+        is_own: whether the leaf may be used up.
 
     Returns:
-        `[layers, batch, columns, outputs]`, without the first axis for one layer.
+        The leaf and its mask, where the leaf lay, and the facts. Both are as they were
+        where the inputs are not finite, met something else, or nothing.
     """
-    matrices = layout.to_matrices(leaf)
-    return matrices if layer is None else matrices[layer]
+    whole = as_automatic(leaf)
+    run = _in_place if is_own else _anew
+    pruned, kept, facts = run(
+        whole,
+        None if mask is None else as_automatic(mask),
+        inputs,
+        on_every_device(seen),
+        layer,
+        sparsity,
+        layout=target.layout,
+        goal=target.goal,
+        method=method,
+        split=by_outputs(whole, target.layout),
+        back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
+    )
+    return placed_as(pruned, leaf), placed_as(kept, leaf), jax.device_get(facts)
+
+
+def _prune_layer(
+    leaf: jax.Array,
+    mask: jax.Array | None,
+    inputs: Inputs,
+    seen: jax.Array,
+    layer: jax.Array,
+    sparsity: jax.Array | None,
+    *,
+    layout: Layout,
+    goal: Goal,
+    method: Method,
+    split: NamedSharding | None,
+    back: NamedSharding | None,
+) -> tuple[jax.Array, jax.Array, Facts]:
+    every = layout.to_matrices(leaf)
+    num_layers = every.shape[0]
+    weights = every[0] if num_layers == 1 else every[layer]
+    if split is not None:
+        weights = _constrain(weights, split)
+    squares = inputs.squares
+    is_finite = jnp.isfinite(squares).all()
+    met = is_met(seen, weights)
+
+    def one(w: jax.Array, m: jax.Array | None, squares: jax.Array) -> Any:
+        wide = w.astype(jnp.float32)
+        own = goal.sparsity if sparsity is None else sparsity
+        pruned, mask = _solve(wide, m, squares, own, method, goal)
+        is_left = ~(is_finite & met & jnp.any(squares > 0))
+        mask = mask | is_left
+        # What did not change keeps every bit, in float64 too.
+        is_same = is_left | (pruned == wide)
+        kept = jnp.where(is_same, w, pruned.astype(w.dtype))
+        kept = jnp.where(mask, kept, jnp.zeros_like(kept))
+        errors = jnp.full(2, jnp.nan)
+        if m is not None:
+            errors = squared_norms(w, kept, m, squares)
+
+        def count(start: jax.Array, is_new: jax.Array) -> jax.Array:
+            width = is_new.shape[0]
+            parts = (lax.dynamic_slice_in_dim(x, start, width, 1) for x in (mask, kept))
+            is_kept, numbers = parts
+            each = jnp.stack([is_kept, ~jnp.isfinite(numbers)]) & is_new[None, None, :]
+            return each.sum((1, 2))
+
+        num_kept, num_wrong = sum_by_outputs(count, w.shape[1])
+        return kept, mask, num_kept, num_wrong, errors
+
+    kept, new, num_kept, num_wrong, errors = _each(
+        one, weights, inputs.prepared, squares
+    )
+    facts = Facts(
+        is_finite,
+        met,
+        num_wrong.sum() == 0,
+        jnp.any(squares > 0, axis=-1),
+        num_kept,
+        jnp.sum(errors, axis=0),
+    )
+    if mask is None:
+        mask = jnp.ones(leaf.shape, jnp.bool_)
+    results = []
+    for values, before in ((kept, leaf), (new, mask)):
+        values = values[None]
+        if num_layers > 1:
+            values = layout.to_matrices(before).at[layer].set(values[0])
+        after = layout.from_matrices(values, before)
+        if back is not None:
+            after = _constrain(after, back)
+        results.append(after)
+    return results[0], results[1], facts
+
+
+# Its stub has no types.
+_constrain: Any = lax.with_sharding_constraint
+_STATIC = ("layout", "goal", "method", "split", "back")
+_anew = jax.jit(_prune_layer, static_argnames=_STATIC, donate_argnames="mask")
+_in_place = jax.jit(
+    _prune_layer, static_argnames=_STATIC, donate_argnames=("leaf", "mask")
+)
+
+
+def _solve(
+    weights: jax.Array,
+    prepared: jax.Array | None,
+    squares: jax.Array,
+    sparsity: Any,
+    method: Method,
+    goal: Goal,
+) -> tuple[jax.Array, jax.Array]:
+    return method.matrix(
+        weights,
+        prepared,
+        squares,
+        sparsity=sparsity,
+        pattern=goal.pattern,
+        **dict(method.options),
+    )
+
+
+def _each(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Map over the first axis, one after the other; nothing is copied for a single."""
+    if jax.tree.leaves(arrays)[0].shape[0] > 1:
+        return lax.map(lambda each: function(*each), arrays)
+    alone = function(*jax.tree.map(lambda x: x[0], arrays))
+    return jax.tree.map(lambda x: x[None], alone)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def write(
-    matrices: jax.Array, leaf: jax.Array, layer: Any, *, layout: Layout
-) -> jax.Array:
-    """Put back what `read` returned.
+def read(leaf: jax.Array, *, layout: Layout) -> jax.Array:
+    """Read all matrices of a leaf.
 
     Args:
-        matrices: all, or those of one layer.
-        leaf: where to.
-        layer: None for all.
+        leaf: weights, or their mask.
         layout: of the matrices.
 
     Returns:
-        The leaf.
+        `[layers, batch, columns, outputs]`.
     """
-    if layer is not None:
-        matrices = layout.to_matrices(leaf).at[layer].set(matrices)
-    return layout.from_matrices(matrices, leaf)
+    return layout.to_matrices(leaf)
 
 
-@jax.jit
 def is_met(seen: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Tell whether matrices are what the inputs met, up to a factor for each layer.
+    """Tell whether matrices are what the inputs met, up to one factor.
 
     Args:
-        seen: `[layers, batch, columns]`, sums of `w v`.
-        matrices: `[layers, batch, columns, outputs]`, what w is taken for.
+        seen: `[batch, columns]`, sums of `w v`.
+        matrices: `[batch, columns, outputs]`, what w is taken for.
 
     Returns:
-        `[layers]`.
+        Whether they are.
     """
     expected = jnp.einsum(
-        "lbkn,n->lbk",
+        "bkn,n->bk",
         matrices.astype(jnp.float32),
         probe(matrices.shape[-1]),
         precision="highest",
@@ -178,27 +320,7 @@ def is_met(seen: jax.Array, matrices: jax.Array) -> jax.Array:
     # Batch entries that nothing reached are not seen, and not pruned either.
     ran = jnp.any(seen != 0, axis=-1, keepdims=True)
     expected = jnp.where(ran, expected, 0.0)
-
-    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.sum(a * b, axis=(1, 2))
-
-    norm = dot(expected, expected)
-    factor = dot(seen, expected) / jnp.where(norm > 0, norm, 1.0)
-    rest = seen - factor[:, None, None] * expected
-    return dot(rest, rest) <= 0.01 * dot(seen, seen)
-
-
-def on_every_device(x: jax.Array) -> jax.Array:
-    """Give every device the whole of an array, so that each computes the same."""
-    sharding = x.sharding
-    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
-        return x
-    whole = PartitionSpec()  # type: ignore[no-untyped-call]
-    return jax.device_put(x, NamedSharding(sharding.mesh, whole))
-
-
-def placed_as(x: jax.Array, like: Any) -> jax.Array:
-    """Put an array where another one lies."""
-    if getattr(like, "committed", False):
-        return jax.device_put(x, like.sharding)
-    return x
+    norm = jnp.sum(expected * expected)
+    factor = jnp.sum(seen * expected) / jnp.where(norm > 0, norm, 1.0)
+    rest = seen - factor * expected
+    return jnp.sum(rest * rest) <= 0.01 * jnp.sum(seen * seen)

@@ -10,8 +10,7 @@ so W ends near the minimum of ||X W - X W'||^2 over the weights that stay. Error
 passed on inside 16 inputs one by one, from there to the end of a block by one product,
 and from the block to all that follows by another.
 
-R is found with one factorisation. Where the order of inputs is reversed, the Cholesky
-factor of H is lower, L, and its inverse is R, reversed.
+R is found where the Gram matrix is, with no room for another: see `inverse_factor`.
 
 Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot, arXiv:2301.00774.
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jopt.arrays import patterns, selection
+from jopt.pruning.factors import inverse_factor
 from jopt.pruning.wanda import along_inputs, num_kept
 
 _STRIP = 16  # inputs whose errors are passed on one by one
@@ -68,21 +68,76 @@ def sparsegpt_matrix(
     (Array([[0. ],
            [1.1]], dtype=float32), Array([False,  True], dtype=bool))
     """
-    check_matrix(weights.shape, sparsity, pattern, block_size, damping)
     if gram.shape != (weights.shape[0],) * 2:
         raise ValueError(
             f"gram must have shape {(weights.shape[0],) * 2} for weights of shape "
             f"{weights.shape}, got {gram.shape}"
         )
-    factor = inverse_factor(gram, damping)
-    return prune_with_factor(
+    check_matrix(weights.shape, sparsity, pattern, block_size, damping)
+    return prune_prepared(
         weights,
-        factor,
-        dead=jnp.diagonal(gram) == 0,
+        prepare(gram, damping=damping),
+        jnp.diagonal(gram),
         sparsity=sparsity,
         pattern=pattern,
         block_size=block_size,
+        damping=damping,
     )
+
+
+def prepare(gram: jax.Array, *, block_size: int = 128, damping: float) -> jax.Array:
+    """Put R into a Gram matrix, which stays below the diagonal: see `inverse_factor`.
+
+    Args:
+        gram: [inputs, inputs].
+        block_size: of no account here.
+        damping: as for `sparsegpt_matrix`.
+
+    Returns:
+        [inputs, inputs], float32.
+    """
+    del block_size
+    return inverse_factor(gram, damping)
+
+
+def prune_prepared(
+    weights: jax.Array,
+    prepared: jax.Array,
+    squares: jax.Array,
+    *,
+    sparsity: Any,
+    pattern: patterns.Pattern,
+    block_size: int,
+    damping: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Prune one matrix, given what `prepare` returned.
+
+    Args:
+        weights: [inputs, outputs].
+        prepared: [inputs, inputs].
+        squares: [inputs], the diagonal of the Gram matrix. An input that is always 0
+            loses its weights first.
+        sparsity: as for `sparsegpt_matrix`.
+        pattern: as for `sparsegpt_matrix`.
+        block_size: as for `sparsegpt_matrix`.
+        damping: that `prepare` was given.
+
+    Returns:
+        As `sparsegpt_matrix`.
+    """
+    check_matrix(weights.shape, sparsity, pattern, block_size, damping)
+    size, num_outputs = weights.shape
+    m = pattern.m if isinstance(pattern, patterns.NM) else 1
+    groups = -(-min(block_size, size) // m)  # in a block
+    block = m * groups
+    most = max(_STRIP // m, 1)
+    strip = m * next(d for d in range(most, 0, -1) if groups % d == 0)
+    kept = None
+    if not isinstance(pattern, patterns.NM):
+        ends = [min(i + block, size) for i in range(0, size, block)]
+        upto = [num_kept(end * num_outputs, sparsity) for end in ends]
+        kept = jnp.diff(jnp.stack([jnp.int32(0), *map(jnp.int32, upto)]))
+    return _prune(weights, prepared, squares == 0, kept, pattern, block, strip)
 
 
 def check_matrix(
@@ -112,58 +167,6 @@ def check_matrix(
         raise ValueError(f"damping must be at least 0, got {damping}; 0.01 is usual")
 
 
-@jax.jit
-def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
-    """Return L^-1, where L L^T is H with its inputs reversed: R, reversed.
-
-    An input that never was anything but 0 has no part in any other, and gets a diagonal
-    of 1. NaN throughout where H is not positive definite: raise `damping`, or bring
-    more calibration rows.
-
-    >>> inverse_factor(jnp.array([[4.0, 0.0], [0.0, 1.0]]), 0.0)
-    Array([[1. , 0. ],
-           [0. , 0.5]], dtype=float32)
-    """
-    size = gram.shape[0]
-    diagonal = jnp.diagonal(gram).astype(jnp.float32)
-    added = jnp.where(diagonal == 0, 1.0, damping * jnp.mean(diagonal))
-    backward = gram.astype(jnp.float32)[::-1, ::-1]
-    at = jnp.arange(size)
-    backward = backward.at[at, at].add(added[::-1])
-    lower = jnp.linalg.cholesky(backward, symmetrize_input=False)
-    # Behind a barrier, or the program would hold the identity as a constant.
-    at = lax.optimization_barrier(at)  # type: ignore[no-untyped-call]
-    identity = (at[:, None] == at[None, :]).astype(jnp.float32)
-    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-
-
-def prune_with_factor(
-    weights: jax.Array,
-    factor: jax.Array,
-    *,
-    dead: jax.Array,
-    sparsity: Any,
-    pattern: patterns.Pattern,
-    block_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Prune one matrix, given what `inverse_factor` returned.
-
-    `dead` marks the inputs that are always 0: their weights go to zero first.
-    """
-    size, num_outputs = weights.shape
-    m = pattern.m if isinstance(pattern, patterns.NM) else 1
-    groups = -(-min(block_size, size) // m)  # in a block
-    block = m * groups
-    most = max(_STRIP // m, 1)
-    strip = m * next(d for d in range(most, 0, -1) if groups % d == 0)
-    kept = None
-    if not isinstance(pattern, patterns.NM):
-        ends = [min(i + block, size) for i in range(0, size, block)]
-        upto = [num_kept(end * num_outputs, sparsity) for end in ends]
-        kept = jnp.diff(jnp.stack([jnp.int32(0), *map(jnp.int32, upto)]))
-    return _prune(weights, factor, dead, kept, pattern, block, strip)
-
-
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _prune(
     weights: jax.Array,
@@ -182,13 +185,13 @@ def _prune(
 
     def rows_of(begin: jax.Array, count: int, columns: int, first: jax.Array) -> Any:
         """Return R[begin : begin + count, first : first + columns], 0 past the end."""
-        return _reversed_slice(factor, begin, count, first, columns)
+        return _slice(factor, begin, count, first, columns)
 
     def step(b: jax.Array, carry: Any) -> Any:
         current, masks = carry
         begin = b * block
         mine = lax.dynamic_slice_in_dim(current, begin, block)
-        r = rows_of(begin, block, block, begin)
+        r = jnp.triu(rows_of(begin, block, block, begin))
         is_real = begin + jnp.arange(block) < size
         # What lies past the end has no errors.
         r = r + jnp.diag(jnp.where(is_real, 0.0, 1.0))
@@ -205,31 +208,29 @@ def _prune(
     masks = jnp.zeros(start.shape, jnp.bool_)
     found, masks = lax.fori_loop(0, num_blocks, step, (start, masks))
     found, masks = found[:size], masks[:size]
-    return jnp.where(masks, found, 0.0).astype(weights.dtype), masks
+    found = jnp.where(masks, found, 0.0)
+    # R begins with what no input but the last did not have a part in.
+    found = jnp.where(jnp.isfinite(factor[0, 0]), found, jnp.nan)
+    return found.astype(weights.dtype), masks
 
 
-def _reversed_slice(
-    factor: jax.Array, row: jax.Array, rows: int, column: jax.Array, columns: int
+def _slice(
+    matrix: jax.Array, row: jax.Array, rows: int, column: jax.Array, columns: int
 ) -> jax.Array:
-    """Slice R out of its reversed form; what lies outside of it is 0."""
-    size = factor.shape[0]
-    at_row = size - row - rows
-    at_column = size - column - columns
-    # A slice that begins before 0 is moved into the matrix, and its content back.
-    first_row = jnp.clip(at_row, 0, max(size - rows, 0))
-    first_column = jnp.clip(at_column, 0, max(size - columns, 0))
+    """Slice a matrix; what lies past its end is 0."""
+    size = matrix.shape[0]
+    # A slice that would end past the matrix is moved into it, and its content back.
+    first_row = jnp.clip(row, 0, max(size - rows, 0))
+    first_column = jnp.clip(column, 0, max(size - columns, 0))
     part = lax.dynamic_slice(
-        factor,
-        (first_row, first_column),
-        (min(rows, size), min(columns, size)),
+        matrix, (first_row, first_column), (min(rows, size), min(columns, size))
     )
     part = jnp.pad(part, ((0, rows - part.shape[0]), (0, columns - part.shape[1])))
-    part = jnp.roll(part, first_row - at_row, 0)
-    part = jnp.roll(part, first_column - at_column, 1)
-    inside_rows = row + rows - 1 - jnp.arange(rows) < size
-    inside_columns = column + columns - 1 - jnp.arange(columns) < size
-    part = jnp.where(inside_rows[:, None] & inside_columns[None, :], part, 0.0)
-    return part[::-1, ::-1]
+    part = jnp.roll(part, first_row - row, 0)
+    part = jnp.roll(part, first_column - column, 1)
+    inside_rows = row + jnp.arange(rows) < size
+    inside_columns = column + jnp.arange(columns) < size
+    return jnp.where(inside_rows[:, None] & inside_columns[None, :], part, 0.0)
 
 
 def _prune_block(

@@ -70,6 +70,14 @@ def wanda_matrix(
     return _prune_by_number(weights, squares, float(sparsity), pattern)
 
 
+def prune_given_squares(
+    weights: jax.Array, prepared: Any, squares: jax.Array, **goal: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Prune one matrix as `wanda_matrix`, whatever else is known of its inputs."""
+    del prepared
+    return wanda_matrix(weights, squares, **goal)
+
+
 @functools.partial(jax.jit, static_argnames="pattern")
 def _prune(
     weights: jax.Array, squares: jax.Array, sparsity: Any, pattern: patterns.Pattern

@@ -168,6 +168,7 @@ def shot_config(folder, text, **options):
     )
 
 
+@pytest.mark.exhaustive
 def test_one_shot_killed_in_training_and_between_methods(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     text, folder = tmp_path / "text.txt", tmp_path / "out"

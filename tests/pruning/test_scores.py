@@ -475,7 +475,9 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
+@pytest.mark.parametrize(
+    "kind", ["explicit_mesh", pytest.param("auto_mesh", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("name", LAYER)
 def test_sharded_masks_equal_those_of_one_device(name, kind, request):
     mesh = request.getfixturevalue(kind)

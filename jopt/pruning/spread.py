@@ -1,0 +1,69 @@
+"""Where one-shot pruning computes when params lie on a mesh.
+
+The outputs of a matrix do not depend on each other but for counts, so a matrix is split
+by outputs over the devices that hold its leaf, whatever axis the leaf is split along;
+what is known of its inputs is on every device. Meshes are taken as automatic ones: an
+explicit one would have every operation say what the compiler is told here once.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jopt.programs.layouts import Layout
+
+
+def as_automatic(x: Any) -> jax.Array:
+    """Take an array as one on an automatic mesh; nothing moves."""
+    x = jax.numpy.asarray(x)
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
+
+
+def on_every_device(x: jax.Array) -> jax.Array:
+    """Give every device of an array's mesh the whole of it."""
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding):
+        return x
+    whole = PartitionSpec()  # type: ignore[no-untyped-call]
+    return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), whole))
+
+
+def by_outputs(leaf: jax.Array, layout: Layout) -> NamedSharding | None:
+    """Split matrices by their outputs.
+
+    Args:
+        leaf: that holds them.
+        layout: where.
+
+    Returns:
+        The sharding of `[batch, columns, outputs]`: whole on every device if the
+        outputs do not divide; None for a leaf that is on no mesh.
+    """
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    names = jax.tree.leaves(tuple(sharding.spec))
+    num_parts = math.prod(sharding.mesh.shape[name] for name in names)
+    is_even = layout.sizes[3] % num_parts == 0
+    spec = PartitionSpec(None, None, tuple(names) if is_even and names else None)  # type: ignore[no-untyped-call]
+    return NamedSharding(sharding.mesh, spec)
+
+
+def placed_as(x: jax.Array, like: Any) -> jax.Array:
+    """Put an array where another one lies."""
+    if getattr(like, "committed", False):
+        return jax.device_put(x, like.sharding)
+    return x
+
+
+def _automatic(mesh: Any) -> Mesh:
+    return Mesh(
+        mesh.devices,
+        mesh.axis_names,
+        axis_types=(AxisType.Auto,) * len(mesh.axis_names),
+    )
