@@ -313,6 +313,11 @@ def vary(tree: Any) -> Any:
     return jax.tree.map(varied, tree)
 
 
+def trace_state() -> Any:
+    """Return what two places share if arrays of one may be used in the other."""
+    return core.get_opaque_trace_state(convention="flax")  # type: ignore[no-untyped-call]
+
+
 def aval_of(value: Any) -> jax.ShapeDtypeStruct:
     """Give what a function is traced with: shape, dtype, and place where it is typed.
 

@@ -18,7 +18,7 @@ import optax
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
-from jopt.pruning import passes
+from jopt.pruning import passes, removal
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.reconstruction import LayerRow, OneShotReport
 from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer, read
@@ -198,6 +198,7 @@ def prune_in_order(
             facts = work.prune(i, step.layer, inputs, seen, own)
             if facts is not None:
                 work.note(i, step.layer, facts, facts.errors)
+        del inputs  # before the next pass
     return work.result([(i, step.layer) for step in steps for i in step.targets])
 
 
@@ -261,8 +262,8 @@ def _measured_errors(
         return {}
     pruned = [work.targets[i] for i in numbers]
     masks = [read(work.masks[t.leaf], layout=t.layout) for t in pruned]
-    measure = passes.errors_of_all(apply, pruned)
-    values = passes.removing(pruned, dict(enumerate(masks)))
+    measure = removal.errors_of_all(apply, pruned)
+    values = removal.removing(pruned, dict(enumerate(masks)))
     batches = track(batches, "measuring errors", progress)
     found = passes.total(measure, params, batches, values)
     return {

@@ -5,10 +5,9 @@ A pass is one compiled program, run on every batch, whose results add up:
 * `moments_of_all` keeps the Gram matrix (or the squared norms) of every layer at once;
 * `moments_of_some` is told by flags, layer by layer, where to keep them, so that one
   program serves however many passes: what no flag asks for is not computed, and sites
-  of one size share one result;
-* `errors_of_all` multiplies by what a mask removes, where no Gram matrix was kept.
+  of one size share one result.
 
-The first two also keep `seen = w v`, with numbers v of our own: whoever takes a part of
+Both also keep `seen = w v`, with numbers v of our own: whoever takes a part of
 a leaf for w can tell whether that is what the inputs met.
 """
 
@@ -23,13 +22,11 @@ import numpy as np
 from jopt.arrays.axes import gather_values, named_sharding
 from jopt.programs import compat, flags, interpret, sites, statistics
 from jopt.programs.handlers import Handler, Use, to_array
-from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
 from jopt.programs.record import inputs_of
 from jopt.programs.weights import (
     Part,
     parts,
-    repeated_batch,
     shared_batch,
     weight_matrix,
 )
@@ -83,11 +80,11 @@ def moments_of_all(
     statistic = statistics.summed(functools.partial(_measure, kind))
     handler = Handler(
         lambda use: (use.run(), statistic.summarize(use)),
-        _at(targets),
+        at(targets),
         statistic.initial,
         statistic.merge,
     )
-    return _observed(apply, handler)
+    return observed(apply, handler)
 
 
 def moments_of_some(
@@ -105,39 +102,55 @@ def moments_of_some(
         those asked for by shape, and `seen` by site name.
     """
     statistic = statistics.summed(functools.partial(_measure, kind))
-
-    def call(use: Use) -> tuple[jax.Array, Any]:
-        nothing = _typed_zeros(statistic.summarize, use)
-        found = {
-            name: jax.lax.cond(
-                use.value[name],
-                lambda name=name: compat.vary(statistic.summarize(use)[name]),
-                lambda name=name: compat.vary(nothing[name]),
-            )
-            for name in nothing
-        }
-        return use.run(), found
-
-    handler = Handler(
-        call, _at(targets), statistic.initial, statistic.merge, stacks_layers=False
-    )
-    observe = _observed(apply, handler)
     by_name = {site.name: site for target in targets for site, _ in target.uses}
 
     @jax.jit
     def run(params: Any, inputs: Any, values: Any) -> Any:
+        outside = compat.trace_state()
         moments: Found = {}
+
+        def call(use: Use) -> tuple[jax.Array, Any]:
+            nothing = _typed_zeros(statistic.summarize, use)
+
+            def if_asked(name: str, before: Any) -> Any:
+                def add() -> Any:
+                    now = statistic.summarize(use)[name]
+                    return compat.vary(jax.tree.map(jnp.add, before, now))
+
+                return jax.lax.cond(use.value[name], add, lambda: compat.vary(before))
+
+            found = {"seen": if_asked("seen", nothing["seen"])}
+            if compat.trace_state() == outside:
+                # One site after the other into one sum: side by side, what they do
+                # not find would take the room of what they might.
+                key = str(nothing["moments"].shape)
+                before = moments.get(key, nothing["moments"])
+                moments[key] = if_asked("moments", before)
+            else:  # inside of a loop, a branch or a remat
+                found["moments"] = if_asked("moments", nothing["moments"])
+            return use.run(), found
+
+        handler = Handler(
+            call,
+            at(targets),
+            statistic.initial,
+            statistic.merge,
+            stacks_layers=False,
+        )
+        analysis = sites.analyse(apply, params, inputs, {})
+        _, aux = interpret.evaluate(analysis, handler, params, inputs, {}, values)
         seen = {}
-        for name, found in observe(params, inputs, values).items():
+        for name, found in aux.items():
             # What the devices of a `shard_map` found.
             devices = [a for a in by_name[name].around if a.kind == "devices"]
             axes = tuple(range(len(devices)))
             found = jax.tree.map(lambda x, axes=axes: jnp.sum(x, axis=axes), found)
-            key = str(found["moments"].shape)
-            before = moments.get(key, 0)
-            moments[key] = found["moments"] + before
+            found = jax.tree.map(gather_values, found)
             seen[name] = found["seen"]
-        return {"moments": moments, "seen": seen}
+            if "moments" in found:
+                key = str(found["moments"].shape)
+                moments[key] = found["moments"] + moments.get(key, 0)
+        return {"moments": jax.tree.map(gather_values, moments), "seen": seen}
 
     return run
 
@@ -158,7 +171,7 @@ def asked(
     """
     values = {
         site.name: {
-            name: np.zeros(_lengths(site), np.bool_) for name in ("moments", "seen")
+            name: np.zeros(lengths(site), np.bool_) for name in ("moments", "seen")
         }
         for target in targets
         for site, _ in target.uses
@@ -188,11 +201,11 @@ def layer_index(
     own = [
         is_own
         for is_own, around in zip(
-            target.own_layers(site, part), _stacking(site), strict=True
+            target.own_layers(site, part), stacking(site), strict=True
         )
         if around.kind == "layers"
     ]
-    sizes = [n for n, is_own in zip(_lengths(site), own, strict=True) if is_own]
+    sizes = [n for n, is_own in zip(lengths(site), own, strict=True) if is_own]
     steps = iter(np.unravel_index(layer, sizes) if sizes else ())
     return tuple(int(next(steps)) if is_own else slice(None) for is_own in own)
 
@@ -212,7 +225,7 @@ def of_target(target: Target, found: Mapping[str, Any], name: str) -> jax.Array:
     for site, part in target.uses:
         value = found[site.name][name]
         if isinstance(value, tuple):
-            value = value[_place(site, part)]
+            value = value[place(site, part)]
         own = target.own_layers(site, part)
         shared = tuple(i for i, is_own in enumerate(own) if not is_own)
         value = jnp.sum(value, axis=shared)
@@ -230,76 +243,8 @@ def seen_by(target: Target, seen: Mapping[str, Any]) -> jax.Array:
     Returns:
         `[batch, columns]`.
     """
-    each = (seen[site.name][_place(site, part)] for site, part in target.uses)
+    each = (seen[site.name][place(site, part)] for site, part in target.uses)
     return functools.reduce(jnp.add, each)
-
-
-def errors_of_all(apply: Callable[..., Any], targets: Sequence[Target]) -> Pass:
-    """Return the pass that measures what masks remove.
-
-    Args:
-        apply: the function.
-        targets: whose sites.
-
-    Returns:
-        The pass; its values are what `removing` returns. It gives site name to
-        `{"errors"}` with `[removed, whole]` squared norms of the results of each part.
-    """
-
-    def summarize(use: Use) -> Any:
-        x = input_matrix(use)
-        operand = jnp.asarray(to_array(use.weight))
-        errors = []
-        for part, kept in zip(parts(use.site), use.value, strict=True):
-            if kept is None:  # a part that is no target
-                errors.append(jnp.zeros(2))
-                continue
-            w = weight_matrix(use.site, part.of(operand)).astype(jnp.float32)
-            mask = repeated_batch(use.site, kept, part.view)
-            errors.append(_everywhere(_squares, x, w, mask))
-        return {"errors": tuple(errors)}
-
-    def initial(site: Site) -> Any:
-        return {"errors": tuple(jnp.zeros(2) for _ in parts(site))}
-
-    handler = Handler(
-        lambda use: (use.run(), summarize(use)),
-        _at(targets),
-        initial,
-        lambda a, b: jax.tree.map(jnp.add, a, b),
-    )
-    return _observed(apply, handler)
-
-
-def removing(
-    targets: Sequence[Target], masks: Mapping[int, jax.Array]
-) -> dict[str, Any]:
-    """Say which weights every site is to be measured without.
-
-    Args:
-        targets: all that the pass knows.
-        masks: of targets by their position, `[layers, batch, columns, outputs]`.
-
-    Returns:
-        Site name to a mask per part, with an axis per scan over layers around; None
-        for a part that is no target.
-    """
-    values: dict[str, list[Any]] = {}
-    for i, target in enumerate(targets):
-        for site, part in target.uses:
-            lengths = _lengths(site)
-            own = target.own_layers(site, part)
-            own = tuple(
-                is_own
-                for is_own, around in zip(own, _stacking(site), strict=True)
-                if around.kind == "layers"
-            )
-            each = masks[i].shape[1:]
-            split = [n if is_own else 1 for n, is_own in zip(lengths, own, strict=True)]
-            mask = masks[i].reshape(*split, *each)
-            every = values.setdefault(site.name, [None] * len(parts(site)))
-            every[_place(site, part)] = jnp.broadcast_to(mask, (*lengths, *each))
-    return {name: tuple(every) for name, every in values.items()}
 
 
 def probe(num_outputs: int) -> jax.Array:
@@ -318,7 +263,7 @@ def _measure(kind: Moments, use: Use) -> Any:
     seen = []
     for part in parts(site):
         w = weight_matrix(site, part.of(operand)).astype(jnp.float32)
-        each = _everywhere(_probed, w)
+        each = everywhere(_probed, w)
         seen.append(shared_batch(site, each, part.view))
     view = parts(site)[0].view
     return {"moments": shared_batch(site, moments, view), "seen": tuple(seen)}
@@ -328,20 +273,7 @@ def _probed(w: jax.Array) -> jax.Array:
     return jnp.einsum("bkn,n->bk", w, probe(w.shape[-1]), precision="highest")
 
 
-def _squares(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return ||x D||^2 and ||x w||^2, D what the mask removes of w."""
-    removed = jnp.where(mask, 0.0, w)
-    return jnp.stack(
-        [
-            jnp.sum(
-                jnp.square(jnp.einsum("bmk,bkn->bmn", x, each, precision="highest"))
-            )
-            for each in (removed, w)
-        ]
-    )
-
-
-def _everywhere(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def everywhere(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """Compute a value that every device of an explicit mesh is to have."""
     shardings = [s for s in map(named_sharding, arrays) if s is not None]
     if not shardings:
@@ -364,7 +296,7 @@ def _typed_zeros(summarize: Callable[[Use], Any], use: Use) -> Any:
     return jax.tree.map(zeros, shapes)
 
 
-def _observed(apply: Callable[..., Any], handler: Handler) -> Pass:
+def observed(apply: Callable[..., Any], handler: Handler) -> Pass:
     """Compile what gives the aux values of a handler and nothing else."""
 
     @jax.jit
@@ -376,20 +308,22 @@ def _observed(apply: Callable[..., Any], handler: Handler) -> Pass:
     return run
 
 
-def _at(targets: Sequence[Target]) -> Callable[[Site], bool]:
+def at(targets: Sequence[Target]) -> Callable[[Site], bool]:
+    """Select the sites of targets."""
     names = {site.name for target in targets for site, _ in target.uses}
     return lambda site: site.name in names
 
 
-def _place(site: Site, part: Part) -> int:
+def place(site: Site, part: Part) -> int:
     """Say which part of a site's operand a part is."""
     return parts(site).index(part)
 
 
-def _stacking(site: Site) -> list[Any]:
+def stacking(site: Site) -> list[Any]:
     """List what stacks the statistics of a site."""
     return [around for around in site.around if around.kind != "steps"]
 
 
-def _lengths(site: Site) -> tuple[int, ...]:
+def lengths(site: Site) -> tuple[int, ...]:
+    """List the numbers of layers of the scans around a site."""
     return tuple(around.size for around in site.around if around.kind == "layers")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.programs.layouts import Layout
 from jopt.pruning.passes import Moments, probe
@@ -238,6 +238,9 @@ def _prune_layer(
         num_kept,
         jnp.sum(errors, axis=0),
     )
+    if split is not None:
+        whole = NamedSharding(split.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        facts = jax.tree.map(lambda x: _constrain(x, whole), facts)
     if mask is None:
         mask = jnp.ones(leaf.shape, jnp.bool_)
     results = []

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jopt
-from jopt.pruning import factors, reconstruction, solving
+from jopt.pruning import factors, passes, reconstruction, solving
 from tests import hlo
 
 
@@ -101,3 +101,32 @@ def test_on_a_mesh_no_weight_is_gathered(name, kind, spec, request, monkeypatch)
     np.testing.assert_allclose(sparse["w"], expected["w"], rtol=1e-4, atol=1e-5)
     assert sparse["w"].sharding == placed.sharding
     assert masks["w"].sharding == placed.sharding
+
+
+@pytest.mark.parametrize("num_layers", [2, 6])
+def test_a_pass_holds_one_gram_matrix_of_each_size(num_layers, monkeypatch):
+    """However many layers might be asked for."""
+    held = []
+    make = passes.moments_of_some
+
+    def recorded(*args):
+        run = make(*args)
+
+        def go(*inputs):
+            memory = run.lower(*inputs).compile().memory_analysis()
+            held.append(memory.temp_size_in_bytes)
+            return run(*inputs)
+
+        return go
+
+    monkeypatch.setattr(passes, "moments_of_some", recorded)
+    size = 128
+    params = {f"w{i}": draw(size, size, seed=i) / 12 for i in range(num_layers)}
+
+    def apply(params, x):
+        for w in params.values():
+            x = jnp.tanh(x @ w)
+        return x
+
+    jopt.sparsegpt(apply, params, [draw(8, size)], sparsity=0.5, progress=False)
+    assert max(held) < 2 * size * size * 4
