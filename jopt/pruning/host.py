@@ -29,6 +29,9 @@ from jopt.pruning.scores import Score, ScoreInputs
 _LOT_SIZE = 7 << 20
 _LOTS = 4
 _LARGEST_LOT = 1 << 30  # below 2^31, which is how far a slice is counted
+# Leaves per call where a lot has as many: to start a program costs as much as some
+# 100,000 weights do.
+_AT_ONCE = 8
 
 
 class _Lot(NamedTuple):
@@ -59,20 +62,30 @@ def leaf_by_leaf(
         found: list[Any] = [None] * len(members)
         kept = cuts(recipe.allocation, units, plan.sparsity_at(count))
         for lot, cut in zip(lots, kept, strict=True):
-            for i, start in zip(lot.members, lot.starts, strict=True):
-                leaf = members[i]
-                found[i] = _mask_rows(
+            for first, number in _calls(len(lot.members)):
+                leaf = members[lot.members[first]]
+                made = _mask_rows(
                     lot.scores,
                     cut,
-                    start,
+                    lot.starts[first],
+                    number,
                     leaf.inputs.param.shape,
                     leaf.plan.stacked_axis,
                     plan.pattern,
                     leaf.is_packed,
                 )
+                for i, mask in zip(lot.members[first:], made, strict=False):
+                    found[i] = mask
         return found, num_nonfinite
 
     return masks.by_group(leaves, make)
+
+
+def _calls(number: int) -> list[tuple[int, int]]:
+    """Split leaves among calls of two sizes: which is the first, and how many."""
+    many = number - number % _AT_ONCE
+    calls = [(i, _AT_ONCE) for i in range(0, many, _AT_ONCE)]
+    return calls + [(i, 1) for i in range(many, number)]
 
 
 def _num_layers(leaf: Leaf) -> int:
@@ -100,9 +113,10 @@ def _score_lots(leaves: Sequence[Leaf], score: Score) -> tuple[list[_Lot], jax.A
             shape = (rows, *shape.shape[1:]), shape.dtype
             scores = jnp.zeros(*shape, device=place)
             num_nonfinite = jnp.zeros([], jnp.int32, device=place)
-            for i, start in zip(members, starts, strict=True):
+            for i, number in _calls(len(members)):
+                each = [_arguments(leaves[j])[:2] for j in members[i : i + number]]
                 scores, num_nonfinite = _score_into(
-                    scores, num_nonfinite, start, *_arguments(leaves[i]), score=score
+                    scores, num_nonfinite, starts[i], each, *first[2:], score=score
                 )
         if _keeps_shape(leaves[members[0]].plan.pattern):
             has_nan.append((_sum(scores), scores))
@@ -190,48 +204,53 @@ def _score(
 
 
 @functools.partial(
-    jax.jit, static_argnums=(5, 6), static_argnames="score", donate_argnums=0
+    jax.jit, static_argnums=(4, 5), static_argnames="score", donate_argnums=0
 )
 def _score_into(
     lot: jax.Array,
     total: jax.Array,
     start: jax.Array,
-    inputs: ScoreInputs,
-    score_state: Any,
+    leaves: Sequence[tuple[ScoreInputs, Any]],
     stacked_axis: int | None,
     pattern: patterns.Pattern,
     *,
     score: Score,
 ) -> tuple[jax.Array, jax.Array]:
-    """Score the units of one leaf into its rows of the lot."""
-    scores, num_nonfinite = _score(
-        inputs, score_state, stacked_axis, pattern, score=score
-    )
-    lot = jax.lax.dynamic_update_slice_in_dim(lot, scores, start, 0)
-    return lot, total + num_nonfinite
+    """Score the units of leaves into their rows of the lot, from one on."""
+    for inputs, score_state in leaves:
+        scores, num_nonfinite = _score(
+            inputs, score_state, stacked_axis, pattern, score=score
+        )
+        lot = jax.lax.dynamic_update_slice_in_dim(lot, scores, start, 0)
+        total, start = total + num_nonfinite, start + scores.shape[0]
+    return lot, total
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def _mask_rows(
     lot: jax.Array,
     kept: Count | Threshold,
     start: jax.Array,
+    number: int,
     shape: tuple[int, ...],
     stacked_axis: int | None,
     pattern: patterns.Pattern,
     is_packed: bool,
-) -> jax.Array:
-    """Make the mask of one leaf out of its rows of the lot."""
+) -> list[jax.Array]:
+    """Make the masks of leaves out of their rows of the lot, from one on."""
     num_layers = 1 if stacked_axis is None else shape[stacked_axis]
+    found = []
+    for i in range(number):
 
-    def rows(array: jax.Array) -> jax.Array:
-        if array.shape[0] == num_layers:
-            return array
-        return jax.lax.dynamic_slice_in_dim(array, start, num_layers)
+        def rows(array: jax.Array, begin: Any = start + i * num_layers) -> jax.Array:
+            if array.shape[0] == num_layers:
+                return array
+            return jax.lax.dynamic_slice_in_dim(array, begin, num_layers)
 
-    mask = layers.top_k(rows(lot), jax.tree.map(rows, kept))
-    mask = layers.spread(mask, pattern, layers.layer_shape(shape, stacked_axis))
-    return layers.pack_layers(mask, stacked_axis, is_packed)
+        mask = layers.top_k(rows(lot), jax.tree.map(rows, kept))
+        mask = layers.spread(mask, pattern, layers.layer_shape(shape, stacked_axis))
+        found.append(layers.pack_layers(mask, stacked_axis, is_packed))
+    return found
 
 
 @functools.partial(

@@ -43,9 +43,16 @@ class _Work:
     """Params, masks and rows as they grow."""
 
     def __init__(
-        self, method: Method, params: Any, targets: Sequence[Target], left: Any
+        self,
+        method: Method,
+        params: Any,
+        targets: Sequence[Target],
+        left: Any,
+        *,
+        errors: bool,
     ) -> None:
         self.method = method
+        self.errors = errors
         self.targets = targets
         self.left: dict[str, str] = dict(left)
         self.rows: dict[tuple[int, int], LayerRow] = {}
@@ -93,6 +100,7 @@ class _Work:
             target=target,
             method=self.method,
             is_own=at in self.masks,
+            errors=self.errors,
         )
         if facts.is_pruned or at in self.masks:
             self.leaves[at], self.masks[at] = leaf, mask
@@ -128,13 +136,14 @@ class _Work:
         _, batch, *shape = target.layout.sizes
         num_weights = math.prod((batch, *shape))
         lost, whole = map(float, errors)
+        error = lost / whole if whole else 0.0
         self.rows[i, layer] = LayerRow(
             name=target.layer_name(layer),
             path=target.path,
             layer=layer if target.is_stacked else None,
             shape=tuple(shape) if batch == 1 else (batch, *shape),
             sparsity=1 - int(facts.num_kept.sum(dtype=np.int64)) / num_weights,
-            error=lost / whole if whole else 0.0,
+            error=error if self.errors else None,
         )
 
     def result(self, order: Sequence[tuple[int, int]]) -> Result:
@@ -155,6 +164,7 @@ def prune_in_order(
     left: dict[str, str],
     budget: Budget,
     *,
+    errors: bool,
     progress: bool,
 ) -> Result:
     """Prune layer after layer, each with the inputs that those before it give.
@@ -168,19 +178,21 @@ def prune_in_order(
         targets: what to prune.
         left: path to reason of what is left alone.
         budget: an allocation and the sparsity that it divides.
+        errors: whether to measure what is lost.
         progress: whether to show a bar.
 
     Returns:
         Params, masks and report.
     """
-    work = _Work(method, params, targets, left)
+    work = _Work(method, params, targets, left, errors=errors)
     shares = None
     if budget is not None:
         observe = passes.moments_of_all(apply, targets, "squares")
         found = passes.total(observe, params, batches, {})
         shares = _shares(budget, work, _squares_of(targets, found, "squares"))
     steps = _steps(Sources(analysis.traced.body), targets)
-    observe = passes.moments_of_some(apply, targets, "gram")
+    kind: passes.Moments = "gram" if errors else method.moments
+    observe = passes.moments_of_some(apply, targets, kind)
     for step in track(steps, f"pruning by {method.name}", progress):
         active = [i for i in step.targets if targets[i].name not in work.left]
         if not active:
@@ -189,9 +201,8 @@ def prune_in_order(
         values = passes.asked(targets, asked[0], asked, step.layer)
         found = passes.total(observe, work.params, batches, values)
         _, batch, columns, _ = asked[0].layout.sizes
-        gram = found["moments"].pop(str((batch, columns, columns)))
-        inputs = prepare(gram, method=method)
-        del gram
+        shape = (batch, columns, columns) if kind == "gram" else (batch, columns)
+        inputs = prepare(found["moments"].pop(str(shape)), method=method)
         for i in active:
             seen = passes.seen_by(targets[i], found["seen"])
             own = None if shares is None else shares[i][step.layer]
@@ -212,10 +223,11 @@ def prune_all_at_once(
     left: dict[str, str],
     budget: Budget,
     *,
+    errors: bool,
     progress: bool,
 ) -> Result:
     """Prune every layer with the inputs of the dense model; as `prune_in_order`."""
-    work = _Work(method, params, targets, left)
+    work = _Work(method, params, targets, left, errors=errors)
     label = f"measuring for {method.name}"
     observe = passes.moments_of_all(apply, targets, method.moments)
     found = passes.total(observe, params, track(batches, label, progress), {})
@@ -238,13 +250,12 @@ def prune_all_at_once(
             facts = work.prune(i, layer, inputs, seen[layer], own)
             if facts is not None:
                 pruned[i, layer] = facts
-    if method.moments == "gram":
-        for (i, layer), facts in pruned.items():
-            work.note(i, layer, facts, facts.errors)
-        return work.result(order)
-    errors = _measured_errors(apply, params, batches, work, pruned, progress)
+    measured: dict[int, Any] = {}
+    if errors and method.moments != "gram":
+        measured = _measured_errors(apply, params, batches, work, pruned, progress)
     for (i, layer), facts in pruned.items():
-        work.note(i, layer, facts, errors[i][layer])
+        lost = measured[i][layer] if measured else facts.errors
+        work.note(i, layer, facts, lost)
     return work.result(order)
 
 

@@ -45,6 +45,7 @@ def sparsegpt(
     allocation: Allocation | None = None,
     block_size: int = 128,
     damping: float = 0.01,
+    errors: bool = True,
     progress: bool = True,
 ) -> tuple[Any, Any, OneShotReport]:
     """Prune by SparseGPT: what stays makes up for what goes.
@@ -78,6 +79,7 @@ def sparsegpt(
             with `sparsity` over all of them. It sees Wanda's scores of the dense model.
         block_size: columns whose mask is chosen together.
         damping: part of the mean of the diagonal that is added to it.
+        errors: whether the report says what each layer loses.
         progress: whether to show a bar, if there is a terminal.
 
     Returns:
@@ -123,6 +125,7 @@ def sparsegpt(
         select=select,
         error_propagation=error_propagation,
         allocation=allocation,
+        errors=errors,
         progress=progress,
     )
 
@@ -137,6 +140,7 @@ def wanda(
     select: rules.Select = None,
     error_propagation: bool = True,
     allocation: Allocation | None = None,
+    errors: bool = True,
     progress: bool = True,
 ) -> tuple[Any, Any, OneShotReport]:
     """Prune by weights and activations: keep the largest |w_ij| ||x_i|| per output.
@@ -145,9 +149,10 @@ def wanda(
     change. Arguments, results and errors are those of `sparsegpt`.
 
     What it costs: with `error_propagation` the passes of `sparsegpt`, and its Gram
-    matrices, which give norms and errors. Without it, two passes: one for the norms,
-    float32 `[columns]` per layer, one that multiplies by what was removed, for the
-    errors. An allocation takes a pass more with `error_propagation`, none without.
+    matrices for the errors. Without it, two passes: one for the norms, float32
+    `[columns]` per layer, one that multiplies by what was removed, for the errors.
+    Without `errors`, no Gram matrix and no second pass. An allocation takes a pass more
+    with `error_propagation`, none without.
 
     Args:
         apply: a pure function `apply(params, *inputs)`.
@@ -158,6 +163,8 @@ def wanda(
         select: which leaves, as for `sparsegpt`.
         error_propagation: whether a layer sees what pruned layers before it give.
         allocation: one of `jopt.allocation`, to give each layer its own sparsity.
+        errors: whether the report says what each layer loses, which is most of the work
+            where there are many inputs: without, no Gram matrix is made.
         progress: whether to show a bar, if there is a terminal.
 
     Returns:
@@ -193,6 +200,7 @@ def wanda(
         select=select,
         error_propagation=error_propagation,
         allocation=allocation,
+        errors=errors,
         progress=progress,
     )
 
@@ -208,6 +216,7 @@ def _one_shot(
     select: rules.Select,
     error_propagation: bool,
     allocation: Allocation | None,
+    errors: bool,
     progress: bool,
 ) -> tuple[Any, Any, OneShotReport]:
     """Prune by any method."""
@@ -239,6 +248,7 @@ def _one_shot(
         targets,
         left,
         None if allocation is None else (allocation, float(sparsity)),
+        errors=errors,
         progress=progress,
     )
 

@@ -32,7 +32,8 @@ class LayerRow:
         shape: `(columns, outputs)` of its matrix, with the number of them in front
             where there are several, as of experts or groups.
         sparsity: fraction of zeros in its mask.
-        error: relative error of what it computes, squared; 0 is none, 1 is all.
+        error: relative error of what it computes, squared; 0 is none, 1 is all. None
+            where it was not measured.
     """
 
     name: str
@@ -40,7 +41,7 @@ class LayerRow:
     layer: int | None
     shape: tuple[int, ...]
     sparsity: float
-    error: float
+    error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,9 @@ class OneShotReport:
 
     @property
     def worst(self) -> tuple[LayerRow, ...]:
-        """The rows, the largest error first."""
-        return tuple(sorted(self.rows, key=lambda row: -row.error))
+        """The rows, the largest error first; none of them without errors."""
+        measured = [(row.error, row) for row in self.rows if row.error is not None]
+        return tuple(row for _, row in sorted(measured, key=lambda pair: -pair[0]))
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """List the rows as dicts of JSON values.
@@ -90,7 +92,8 @@ class OneShotReport:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             sparsity = f"{100 * row.sparsity:.1f} %"
-            cells = (row.name, str(list(row.shape)), sparsity, f"{row.error:.2e}")
+            error = "" if row.error is None else f"{row.error:.2e}"
+            cells = (row.name, str(list(row.shape)), sparsity, error)
             table.add_row(*map(rich.text.Text, cells))
         lines = [report.draw(table)]
         if self.left_alone:
@@ -102,11 +105,16 @@ class OneShotReport:
 
 
 _TILE = 512  # of a Gram matrix
-_OUTPUTS = 256
+_OUTPUTS = 512
 
 
 def squared_norms(
-    weights: jax.Array, pruned: jax.Array, gram: jax.Array, squares: jax.Array
+    weights: jax.Array,
+    pruned: jax.Array,
+    gram: jax.Array,
+    squares: jax.Array,
+    *,
+    in_parts: bool = True,
 ) -> jax.Array:
     """Return ||X (W - W')||^2 and ||X W||^2, as tr(D^T G D).
 
@@ -118,6 +126,7 @@ def squared_norms(
         pruned: W', of that shape.
         gram: [columns, columns], read below the diagonal.
         squares: [columns], its diagonal.
+        in_parts: as for `sum_by_outputs`.
 
     Returns:
         Both, float32 [2].
@@ -132,44 +141,47 @@ def squared_norms(
     def of_outputs(start: jax.Array, is_new: jax.Array) -> jax.Array:
         size = (tiles.width, is_new.shape[0])
 
-        def both(row: jax.Array) -> jax.Array:
+        def both(row: jax.Array) -> list[jax.Array]:
             """W - W' and W, rows from one on."""
             w, less = (
                 lax.dynamic_slice(x, (row, start), size).astype(jnp.float32)
                 for x in (weights, pruned)
             )
-            return jnp.where(is_new[None, None, :], jnp.stack([w - less, w]), 0.0)
+            return [jnp.where(is_new[None, :], d, 0.0) for d in (w - less, w)]
 
         def of_rows(i: jax.Array, found: jax.Array) -> jax.Array:
             row, is_new_row = tiles.at(i)
             rows = row + jnp.arange(tiles.width)
 
-            def add(k: jax.Array, total: jax.Array) -> jax.Array:
+            def add(k: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
                 column, is_new_column = tiles.at(k)
                 tile = lax.dynamic_slice(gram, (row, column), (tiles.width,) * 2)
                 is_below = rows[:, None] > column + jnp.arange(tiles.width)[None, :]
                 tile = jnp.where(is_below & is_new_column[None, :], tile, 0.0)
-                each = both(column)
-                product = jnp.einsum(
-                    "ij,djo->dio", tile, each, precision=lax.Precision.HIGHEST
-                )
-                return total + product
+                return [
+                    total + jnp.matmul(tile, d, precision=lax.Precision.HIGHEST)
+                    for total, d in zip(totals, both(column), strict=True)
+                ]
 
             mine = both(row)
-            own = lax.dynamic_slice_in_dim(squares, row, tiles.width)
-            own = own[None, :, None] * mine
-            total = lax.fori_loop(0, i + 1, add, jnp.zeros_like(mine))
-            is_new_row = is_new_row[None, :, None]
-            terms = jnp.where(is_new_row, mine * (own + 2 * total), 0.0)
-            return found + terms.sum((1, 2))
+            totals = lax.fori_loop(0, i + 1, add, [jnp.zeros_like(d) for d in mine])
+            own = lax.dynamic_slice_in_dim(squares, row, tiles.width)[:, None]
+            terms = [
+                jnp.where(is_new_row[:, None], d * (own * d + 2 * total), 0.0).sum()
+                for d, total in zip(mine, totals, strict=True)
+            ]
+            return found + jnp.stack(terms)
 
         return lax.fori_loop(0, tiles.number, of_rows, jnp.zeros(2))
 
-    return sum_by_outputs(of_outputs, outputs)
+    return sum_by_outputs(of_outputs, outputs, in_parts=in_parts)
 
 
 def sum_by_outputs(
-    some: Callable[[jax.Array, jax.Array], jax.Array], num_outputs: int
+    some: Callable[[jax.Array, jax.Array], jax.Array],
+    num_outputs: int,
+    *,
+    in_parts: bool = True,
 ) -> jax.Array:
     """Add up what a function says of some outputs after others, so that little is held.
 
@@ -177,11 +189,14 @@ def sum_by_outputs(
         some: `(first output, [width] which of those from there on are to count)` to an
             array.
         num_outputs: of all.
+        in_parts: False for all at once, where each device has but some of them.
 
     Returns:
         The sum.
     """
-    chunks = _Chunks(num_outputs, _OUTPUTS)
+    chunks = _Chunks(num_outputs, _OUTPUTS if in_parts else num_outputs)
+    if chunks.number == 1:
+        return some(jnp.int32(0), jnp.ones(num_outputs, jnp.bool_))
     shape = jax.eval_shape(lambda: some(*chunks.at(jnp.int32(0))))
     nothing = jnp.zeros(shape.shape, shape.dtype)
     return lax.fori_loop(

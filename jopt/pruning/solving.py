@@ -66,7 +66,7 @@ class Facts(NamedTuple):
         reached: `[batch]`, whether other inputs than zeros came.
         num_kept: `[batch]`, weights that the mask keeps.
         errors: `[2]`, squared norms of what was lost of the results, and of all of
-            them; NaN where no Gram matrix was kept.
+            them; NaN where they were not asked for, or no Gram matrix was kept.
     """
 
     is_finite: Any
@@ -144,6 +144,7 @@ def prune_layer(
     target: Target,
     method: Method,
     is_own: bool,
+    errors: bool,
 ) -> tuple[jax.Array, jax.Array, Facts]:
     """Prune one layer of a leaf.
 
@@ -157,6 +158,7 @@ def prune_layer(
         target: which matrices.
         method: what to do.
         is_own: whether the leaf may be used up.
+        errors: whether to measure them.
 
     Returns:
         The leaf and its mask, where the leaf lay, and the facts. Both are as they were
@@ -174,6 +176,7 @@ def prune_layer(
         layout=target.layout,
         goal=target.goal,
         method=method,
+        with_errors=errors,
         split=by_outputs(whole, target.layout),
         back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
     )
@@ -191,6 +194,7 @@ def _prune_layer(
     layout: Layout,
     goal: Goal,
     method: Method,
+    with_errors: bool,
     split: NamedSharding | None,
     back: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array, Facts]:
@@ -214,8 +218,8 @@ def _prune_layer(
         kept = jnp.where(is_same, w, pruned.astype(w.dtype))
         kept = jnp.where(mask, kept, jnp.zeros_like(kept))
         errors = jnp.full(2, jnp.nan)
-        if m is not None:
-            errors = squared_norms(w, kept, m, squares)
+        if m is not None and with_errors:
+            errors = squared_norms(w, kept, m, squares, in_parts=split is None)
 
         def count(start: jax.Array, is_new: jax.Array) -> jax.Array:
             width = is_new.shape[0]
@@ -224,7 +228,7 @@ def _prune_layer(
             each = jnp.stack([is_kept, ~jnp.isfinite(numbers)]) & is_new[None, None, :]
             return each.sum((1, 2))
 
-        num_kept, num_wrong = sum_by_outputs(count, w.shape[1])
+        num_kept, num_wrong = sum_by_outputs(count, w.shape[1], in_parts=split is None)
         return kept, mask, num_kept, num_wrong, errors
 
     kept, new, num_kept, num_wrong, errors = _each(
@@ -257,7 +261,7 @@ def _prune_layer(
 
 # Its stub has no types.
 _constrain: Any = lax.with_sharding_constraint
-_STATIC = ("layout", "goal", "method", "split", "back")
+_STATIC = ("layout", "goal", "method", "with_errors", "split", "back")
 _anew = jax.jit(_prune_layer, static_argnames=_STATIC, donate_argnames="mask")
 _in_place = jax.jit(
     _prune_layer, static_argnames=_STATIC, donate_argnames=("leaf", "mask")

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jopt
+from jopt.programs import statistics
 from tests.programs import zoo
 
 METHODS = {"wanda": jopt.wanda, "sparsegpt": jopt.sparsegpt}
@@ -113,6 +114,24 @@ def test_an_mlp_is_pruned_as_by_hand_and_the_report_has_its_errors(name, in_orde
     assert not report.left_alone
     again = jopt.apply_masks(sparse, masks)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, sparse))
+
+
+@every_method
+@both_ways
+def test_without_errors_the_rest_is_the_same(name, in_order, monkeypatch):
+    params, batches = mlp_params(), [draw(20, 6, seed=3)]
+    options = {"error_propagation": in_order}
+    sparse, masks, report = prune(name, mlp, params, batches, **options)
+    if name == "wanda":  # which then has no use for Gram matrices
+        monkeypatch.delattr(statistics, "gram")
+    again, same, rows = prune(name, mlp, params, batches, errors=False, **options)
+    for leaf in ("up", "down"):
+        np.testing.assert_array_equal(masks[leaf], same[leaf])
+        close(sparse[leaf], again[leaf])
+    assert [row.error for row in rows] == [None, None]
+    assert rows.worst == ()
+    assert [row.sparsity for row in rows] == [row.sparsity for row in report]
+    assert "up" in str(rows)
 
 
 @every_method

@@ -1,5 +1,7 @@
 """What one-shot pruning computes with: the factor in place, errors, meshes, memory."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ import jopt
 from jopt.pruning import factors, passes, reconstruction, solving
 from tests import hlo
 
+sparsegpt = sys.modules["jopt.pruning.sparsegpt"]  # the package has a function so named
+
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -20,9 +24,13 @@ def draw(*shape, seed=0):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles and chunks in matrices of some dozen columns."""
-    monkeypatch.setattr(factors, "_TILE", 8)
-    monkeypatch.setattr(reconstruction, "_TILE", 8)
-    monkeypatch.setattr(reconstruction, "_OUTPUTS", 4)
+    for module, name, size in (
+        (factors, "_TILE", 8),
+        (reconstruction, "_TILE", 8),
+        (reconstruction, "_OUTPUTS", 4),
+        (sparsegpt, "_ROWS", 16),
+    ):
+        monkeypatch.setattr(module, name, size)
 
 
 @pytest.mark.parametrize("size", [1, 8, 21, 24, 40])
@@ -65,7 +73,9 @@ def test_squared_norms_are_those_of_the_results(columns, outputs, small_tiles):
 @pytest.mark.parametrize("spec", [P(None, "data"), P("data", None)])
 @pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
-def test_on_a_mesh_no_weight_is_gathered(name, kind, spec, request, monkeypatch):
+def test_on_a_mesh_no_weight_is_gathered(
+    name, kind, spec, request, monkeypatch, small_tiles
+):
     """A leaf split by inputs is exchanged once, and none is whole on a device."""
     texts = []
     run = solving._anew
