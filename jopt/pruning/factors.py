@@ -110,7 +110,7 @@ def _invert(u: jax.Array, tile: int, num_tiles: int) -> jax.Array:
             return _put(r, solve(rest), i, j)
 
         r = lax.fori_loop(0, num_tiles - 1 - i, right, r)
-        return _put_upper(r, solve(jnp.eye(tile)), i)
+        return _put_upper(r, solve(jnp.eye(tile, dtype=jnp.float32)), i)
 
     return lax.fori_loop(0, num_tiles, row, u)
 

@@ -172,7 +172,7 @@ def squared_norms(
             ]
             return found + jnp.stack(terms)
 
-        return lax.fori_loop(0, tiles.number, of_rows, jnp.zeros(2))
+        return lax.fori_loop(0, tiles.number, of_rows, jnp.zeros(2, jnp.float32))
 
     return sum_by_outputs(of_outputs, outputs, in_parts=in_parts)
 
@@ -214,5 +214,7 @@ class _Chunks:
 
     def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return where a part starts, and which of its places no other had before."""
+        i = jnp.asarray(i, jnp.int32)  # of one type with other starts, in x64 too
         start = jnp.minimum(i * self.width, self.size - self.width)
-        return start, start + jnp.arange(self.width) >= i * self.width
+        places = start + jnp.arange(self.width, dtype=jnp.int32)
+        return start, places >= i * self.width

@@ -32,7 +32,7 @@ def errors_of_all(apply: Callable[..., Any], targets: Sequence[Target]) -> passe
         errors = []
         for part, kept in zip(parts(use.site), use.value, strict=True):
             if kept is None:  # a part that is no target
-                errors.append(jnp.zeros(2))
+                errors.append(jnp.zeros(2, jnp.float32))
                 continue
             w = weight_matrix(use.site, part.of(operand)).astype(jnp.float32)
             mask = repeated_batch(use.site, kept, part.view)
@@ -40,7 +40,7 @@ def errors_of_all(apply: Callable[..., Any], targets: Sequence[Target]) -> passe
         return {"errors": tuple(errors)}
 
     def initial(site: Site) -> Any:
-        return {"errors": tuple(jnp.zeros(2) for _ in parts(site))}
+        return {"errors": tuple(jnp.zeros(2, jnp.float32) for _ in parts(site))}
 
     handler = Handler(
         lambda use: (use.run(), summarize(use)),

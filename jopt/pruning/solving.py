@@ -217,7 +217,7 @@ def _prune_layer(
         is_same = is_left | (pruned == wide)
         kept = jnp.where(is_same, w, pruned.astype(w.dtype))
         kept = jnp.where(mask, kept, jnp.zeros_like(kept))
-        errors = jnp.full(2, jnp.nan)
+        errors = jnp.full(2, jnp.nan, jnp.float32)
         if m is not None and with_errors:
             errors = squared_norms(w, kept, m, squares, in_parts=split is None)
 

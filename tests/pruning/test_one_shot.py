@@ -135,6 +135,29 @@ def test_without_errors_the_rest_is_the_same(name, in_order, monkeypatch):
 
 
 @every_method
+@both_ways
+def test_in_x64_weights_that_do_not_change_keep_all_their_bits(name, in_order):
+    params = {key: leaf.astype(np.float64) / 3 for key, leaf in mlp_params().items()}
+    batch = draw(20, 6, seed=3)
+    options = {"error_propagation": in_order}
+    _, expected, _ = prune(name, mlp, mlp_params(), [batch], **options)
+    with jax.enable_x64(True):
+        sparse, masks, report = prune(
+            name, mlp, params, [batch.astype(np.float64)], **options
+        )
+        for leaf in ("up", "down"):
+            assert sparse[leaf].dtype == np.float64
+            if leaf == "up":
+                np.testing.assert_array_equal(masks[leaf], expected[leaf])
+            if name == "wanda":
+                kept = np.asarray(masks[leaf])
+                assert np.array_equal(
+                    np.asarray(sparse[leaf])[kept], params[leaf][kept]
+                )
+        assert all(0 < row.error < 1 for row in report)
+
+
+@every_method
 def test_n_of_m_runs_along_the_inputs(name):
     params = {"w": draw(5, 8)}  # outputs first, as torch and Equinox have it
     apply = lambda params, x: x @ params["w"].T  # noqa: E731
