@@ -26,6 +26,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Let programs go: each holds some memory maps, and a process may have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def auto_mesh():
     """Eight devices on one automatic axis named 'data'."""
