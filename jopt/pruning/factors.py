@@ -11,7 +11,7 @@ and, rows from the last to the first, columns from the last to the first,
     U_ii R_ij = [i = j] - sum_{i < k <= j} U_ik R_kj.
 
 Neither reads below the diagonal, nor writes there: what is symmetric stays there, and
-the whole takes the room of some tiles. All sums are products of tiles, n^3 / 3
+the whole takes the room of some tiles. All sums are products of tiles, n^3 / 6
 multiplications for each of the two.
 """
 

@@ -22,7 +22,7 @@ from jopt.pruning import passes, removal
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.reconstruction import LayerRow, OneShotReport
 from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer, read
-from jopt.pruning.spread import on_every_device
+from jopt.pruning.spread import as_automatic, on_every_device
 from jopt.pruning.targets import Target
 
 Budget = tuple[Allocation, float] | None
@@ -325,7 +325,7 @@ def _shares(
     units = []
     start = 0
     for target, each in zip(work.targets, squares, strict=True):
-        leaf = on_every_device(jnp.asarray(work.leaves[target.leaf]))
+        leaf = as_automatic(work.leaves[target.leaf])
         weights = jnp.abs(read(leaf, layout=target.layout).astype(jnp.float32))
         layers = weights.shape[0]
         scores = weights * jnp.sqrt(on_every_device(each))[..., None]

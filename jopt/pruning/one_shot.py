@@ -108,13 +108,7 @@ def sparsegpt(
     Array([ True, False,  True, False], dtype=bool)
     """
     options = (("block_size", block_size), ("damping", damping))
-    method = Method(
-        "sparsegpt",
-        prune_prepared,
-        "gram",
-        prepare,
-        options,
-    )
+    method = Method("sparsegpt", prune_prepared, "gram", prepare, options)
     return _one_shot(
         method,
         apply,

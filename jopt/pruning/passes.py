@@ -124,7 +124,8 @@ def moments_of_some(
             found = {"seen": if_asked("seen", nothing["seen"])}
             if compat.trace_state() == outside:
                 # One site after the other into one sum: side by side, what they do
-                # not find would take the room of what they might.
+                # not find would take the room of what they might. Out here a site is
+                # run once per trace; what is traced again is inside of something.
                 key = str(nothing["moments"].shape)
                 before = moments.get(key, nothing["moments"])
                 moments[key] = if_asked("moments", before)

@@ -209,7 +209,7 @@ def _prune(
     found, masks = lax.fori_loop(0, num_blocks, step, (start, masks))
     found, masks = found[:size], masks[:size]
     found = jnp.where(masks, found, 0.0)
-    # R begins with what no input but the last did not have a part in.
+    # Whatever of R is not a number, its first is not one either.
     found = jnp.where(jnp.isfinite(factor[0, 0]), found, jnp.nan)
     return found.astype(weights.dtype), masks
 

@@ -503,6 +503,21 @@ def test_on_a_mesh_the_masks_are_those_of_one_device(name, kind, in_order):
     close([r.error for r in report], [r.error for r in rows], rtol=1e-3)
 
 
+def test_an_allocation_on_a_mesh_is_that_of_one_device():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"up": draw(8, 16), "down": draw(16, 8, seed=1), "bias": draw(16, seed=2)}
+    x = draw(24, 8, seed=4)
+    options = {"allocation": jopt.allocation.owl(), "sparsity": 0.6}
+    specs = {"up": P(None, "data"), "down": P("data"), "bias": P()}
+    placed = {
+        k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()
+    }
+    _, masks, _ = prune("wanda", mlp, placed, [x], **options)
+    _, expected, _ = prune("wanda", mlp, params, [x], **options)
+    for key in ("up", "down"):
+        np.testing.assert_array_equal(masks[key], expected[key])
+
+
 def test_wrong_arguments_raise_at_once():
     params, x = mlp_params(), draw(20, 6, seed=3)
     go = lambda **kw: jopt.wanda(mlp, params, [x], progress=False, **kw)  # noqa: E731
