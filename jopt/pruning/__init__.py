@@ -18,10 +18,10 @@ from jopt.pruning.dynamic import snfs as snfs
 from jopt.pruning.dynamic import static_sparse as static_sparse
 from jopt.pruning.one_shot import sparsegpt as sparsegpt
 from jopt.pruning.one_shot import wanda as wanda
+from jopt.pruning.one_shot_report import OneShotReport as OneShotReport
 from jopt.pruning.phases import ac_dc as ac_dc
 from jopt.pruning.proximal import proximal as proximal
 from jopt.pruning.prune import prune as prune
-from jopt.pruning.reconstruction import OneShotReport as OneShotReport
 from jopt.pruning.rewind import rewind as rewind
 from jopt.pruning.state import PruneState as PruneState
 from jopt.pruning.state import apply_masks as apply_masks

@@ -1,29 +1,24 @@
-"""The order of one-shot pruning: layer after layer, or all at once.
-
-In order, each step asks a pass over the batches for the moments of one input, prunes
-what reads it, and the next pass runs with the pruned params. All at once, one pass
-gives the moments of everything.
-"""
+"""What becomes of params that are pruned in one shot: layer after layer, or at once."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jopt.programs import passes
+from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
-from jopt.programs.sources import Sources
-from jopt.pruning import passes, removal
+from jopt.programs.spread import as_automatic, on_every_device
+from jopt.programs.targets import Target
+from jopt.pruning import removal
 from jopt.pruning.allocation import Allocation, Units
-from jopt.pruning.reconstruction import LayerRow, OneShotReport
+from jopt.pruning.one_shot_report import LayerRow, OneShotReport
 from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer, read
-from jopt.pruning.spread import as_automatic, on_every_device
-from jopt.pruning.targets import Target
 
 Budget = tuple[Allocation, float] | None
 Result = tuple[Any, Any, OneShotReport]
@@ -32,15 +27,8 @@ _NOT_MET = "what multiplies is not made of its numbers alone, or not in their or
 _NOT_REACHED = "no input but zeros reached it"
 
 
-class _Step(NamedTuple):
-    """Targets that see one input, and a layer of theirs."""
-
-    targets: list[int]
-    layer: int
-
-
 class _Work:
-    """Params, masks and rows as they grow."""
+    """Params, masks and facts as they grow."""
 
     def __init__(
         self,
@@ -55,7 +43,8 @@ class _Work:
         self.errors = errors
         self.targets = targets
         self.left: dict[str, str] = dict(left)
-        self.rows: dict[tuple[int, int], LayerRow] = {}
+        self.shares: list[np.ndarray[Any, Any]] | None = None
+        self.facts: dict[tuple[int, int], Facts] = {}
         self.dense: list[Any]
         self.treedef: Any
         self.dense, self.treedef = jax.tree.flatten(params)
@@ -67,14 +56,11 @@ class _Work:
         """As they are now."""
         return self.treedef.unflatten(self.leaves)
 
-    def prune(
-        self,
-        i: int,
-        layer: int,
-        inputs: Inputs,
-        seen: jax.Array,
-        sparsity: Any,
-    ) -> Facts | None:
+    def prepare(self, moments: jax.Array) -> Inputs:
+        """Get ready what several matrices share."""
+        return prepare(moments, method=self.method)
+
+    def solve(self, i: int, layer: int, inputs: Inputs, seen: jax.Array) -> None:
         """Prune a layer of a target.
 
         Args:
@@ -82,10 +68,6 @@ class _Work:
             layer: which layer.
             inputs: of the layer.
             seen: `[batch, columns]`.
-            sparsity: of this layer, or None for the goal's.
-
-        Returns:
-            What became of its matrices; None if they were left alone.
         """
         target = self.targets[i]
         at = target.leaf
@@ -96,7 +78,7 @@ class _Work:
             inputs,
             seen,
             layer,
-            sparsity,
+            None if self.shares is None else self.shares[i][layer],
             target=target,
             method=self.method,
             is_own=at in self.masks,
@@ -111,7 +93,7 @@ class _Work:
             )
         if not facts.is_met:
             self.left[target.name] = _NOT_MET
-            return None
+            return
         if not facts.is_solved:
             raise ValueError(
                 "damping must make every Gram matrix positive definite, got one that "
@@ -121,23 +103,17 @@ class _Work:
             several = facts.reached.size > 1
             count = f" in {np.sum(~facts.reached)} of {facts.reached.size} matrices"
             self.left[name] = _NOT_REACHED + count * several
-        return facts if facts.reached.any() else None
+        if facts.reached.any():
+            self.facts[i, layer] = facts
 
-    def note(self, i: int, layer: int, facts: Facts, errors: Any) -> None:
-        """Write down what became of one layer.
-
-        Args:
-            i: which target.
-            layer: which layer.
-            facts: of it.
-            errors: `[2]`, squared norms of what was lost and of all.
-        """
-        target = self.targets[i]
+    def row(self, i: int, layer: int) -> LayerRow:
+        """Write down what became of one layer."""
+        target, facts = self.targets[i], self.facts[i, layer]
         _, batch, *shape = target.layout.sizes
         num_weights = math.prod((batch, *shape))
-        lost, whole = map(float, errors)
+        lost, whole = map(float, facts.errors)
         error = lost / whole if whole else 0.0
-        self.rows[i, layer] = LayerRow(
+        return LayerRow(
             name=target.layer_name(layer),
             path=target.path,
             layer=layer if target.is_stacked else None,
@@ -149,12 +125,12 @@ class _Work:
     def result(self, order: Sequence[tuple[int, int]]) -> Result:
         """Return what users get, rows in an order of targets and layers."""
         masks = [self.masks.get(i, optax.MaskedNode()) for i in range(len(self.dense))]
-        rows = tuple(self.rows[key] for key in order if key in self.rows)
+        rows = tuple(self.row(*key) for key in order if key in self.facts)
         report = OneShotReport(rows, self.left)
         return self.params, self.treedef.unflatten(masks), report
 
 
-def prune_in_order(
+def prune_layers(
     method: Method,
     apply: Callable[..., Any],
     params: Any,
@@ -164,10 +140,11 @@ def prune_in_order(
     left: dict[str, str],
     budget: Budget,
     *,
+    error_propagation: bool,
     errors: bool,
     progress: bool,
 ) -> Result:
-    """Prune layer after layer, each with the inputs that those before it give.
+    """Prune all layers.
 
     Args:
         method: what to do with a matrix.
@@ -178,6 +155,7 @@ def prune_in_order(
         targets: what to prune.
         left: path to reason of what is left alone.
         budget: an allocation and the sparsity that it divides.
+        error_propagation: whether layers see what pruned ones before them give.
         errors: whether to measure what is lost.
         progress: whether to show a bar.
 
@@ -185,77 +163,30 @@ def prune_in_order(
         Params, masks and report.
     """
     work = _Work(method, params, targets, left, errors=errors)
-    shares = None
-    if budget is not None:
-        observe = passes.moments_of_all(apply, targets, "squares")
-        found = passes.total(observe, params, batches, {})
-        shares = _shares(budget, work, _squares_of(targets, found, "squares"))
-    steps = _steps(Sources(analysis.traced.body), targets)
-    kind: passes.Moments = "gram" if errors else method.moments
-    observe = passes.moments_of_some(apply, targets, kind)
-    for step in track(steps, f"pruning by {method.name}", progress):
-        active = [i for i in step.targets if targets[i].name not in work.left]
-        if not active:
-            continue
-        asked = [targets[i] for i in active]
-        values = passes.asked(targets, asked[0], asked, step.layer)
-        found = passes.total(observe, work.params, batches, values)
-        _, batch, columns, _ = asked[0].layout.sizes
-        shape = (batch, columns, columns) if kind == "gram" else (batch, columns)
-        inputs = prepare(found["moments"].pop(str(shape)), method=method)
-        for i in active:
-            seen = passes.seen_by(targets[i], found["seen"])
-            own = None if shares is None else shares[i][step.layer]
-            facts = work.prune(i, step.layer, inputs, seen, own)
-            if facts is not None:
-                work.note(i, step.layer, facts, facts.errors)
-        del inputs  # before the next pass
-    return work.result([(i, step.layer) for step in steps for i in step.targets])
-
-
-def prune_all_at_once(
-    method: Method,
-    apply: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
-    analysis: Analysis,
-    targets: Sequence[Target],
-    left: dict[str, str],
-    budget: Budget,
-    *,
-    errors: bool,
-    progress: bool,
-) -> Result:
-    """Prune every layer with the inputs of the dense model; as `prune_in_order`."""
-    work = _Work(method, params, targets, left, errors=errors)
+    steps = steps_of(analysis, targets)
+    order = [(i, step.layer) for step in steps for i in step.targets]
+    if error_propagation:
+        if budget is not None:
+            observe = passes.moments_of_all(apply, targets, "squares")
+            found = passes.total(observe, params, batches, {})
+            work.shares = _shares(budget, work, _squares_of(targets, found, "squares"))
+        kind: passes.Moments = "gram" if errors else method.moments
+        label = f"pruning by {method.name}"
+        run_in_order(
+            work, apply, batches, targets, steps, kind, label=label, progress=progress
+        )
+        return work.result(order)
     label = f"measuring for {method.name}"
     observe = passes.moments_of_all(apply, targets, method.moments)
     found = passes.total(observe, params, track(batches, label, progress), {})
-    shares: Any = [None] * len(targets)
     if budget is not None:
-        shares = _shares(budget, work, _squares_of(targets, found, method.moments))
-    pruned: dict[tuple[int, int], Facts] = {}
-    order = [
-        (i, step.layer)
-        for step in _steps(Sources(analysis.traced.body), targets)
-        for i in step.targets
-    ]
-    for i in dict.fromkeys(i for i, _ in order):
-        target = targets[i]
-        moments = passes.of_target(target, found, "moments")
-        seen = passes.of_target(target, found, "seen")
-        for layer in range(target.layout.sizes[0]):
-            inputs = prepare(moments[layer], method=method)
-            own = None if shares[i] is None else shares[i][layer]
-            facts = work.prune(i, layer, inputs, seen[layer], own)
-            if facts is not None:
-                pruned[i, layer] = facts
-    measured: dict[int, Any] = {}
+        squares = _squares_of(targets, found, method.moments)
+        work.shares = _shares(budget, work, squares)
+    run_all_at_once(work, targets, steps, found)
     if errors and method.moments != "gram":
-        measured = _measured_errors(apply, params, batches, work, pruned, progress)
-    for (i, layer), facts in pruned.items():
-        lost = measured[i][layer] if measured else facts.errors
-        work.note(i, layer, facts, lost)
+        measured = _measured_errors(apply, params, batches, work, progress)
+        for (i, layer), facts in work.facts.items():
+            work.facts[i, layer] = facts._replace(errors=measured[i][layer])
     return work.result(order)
 
 
@@ -264,11 +195,10 @@ def _measured_errors(
     params: Any,
     batches: Iterable[Any],
     work: _Work,
-    done: Iterable[tuple[int, int]],
     progress: bool,
 ) -> dict[int, Any]:
     """Multiply what was met by what was removed, in another pass."""
-    numbers = list(dict.fromkeys(i for i, _ in done))
+    numbers = list(dict.fromkeys(i for i, _ in work.facts))
     if not numbers:
         return {}
     pruned = [work.targets[i] for i in numbers]
@@ -281,30 +211,6 @@ def _measured_errors(
         i: jax.device_get(passes.of_target(target, found, "errors"))
         for i, target in zip(numbers, pruned, strict=True)
     }
-
-
-def _steps(sources: Sources, targets: Sequence[Target]) -> list[_Step]:
-    """Sort the layers of all targets, those with one input together."""
-    groups: dict[Any, list[tuple[Any, int]]] = {}
-    for i, target in enumerate(targets):
-        _, batch, columns, _ = target.layout.sizes
-        for layer in range(target.layout.sizes[0]):
-            inputs: list[Hashable] = []
-            moments = []
-            for site, part in target.uses:
-                index = passes.layer_index(target, site, part, layer)
-                loops = [a.key for a in site.around if a.kind == "layers"]
-                layers = {
-                    key: at
-                    for key, at in zip(loops, index, strict=True)
-                    if isinstance(at, int)
-                }
-                inputs.append((sources.input_of(site), tuple(layers.items())))
-                moments.append(sources.order(site, layers))
-            key: Any = (frozenset(Counter(inputs).items()), batch, columns, layer)
-            groups.setdefault(key, []).append((min(moments), i))
-    ordered = sorted((sorted(members), key[-1]) for key, members in groups.items())
-    return [_Step([i for _, i in members], layer) for members, layer in ordered]
 
 
 def _squares_of(

@@ -18,12 +18,13 @@ from typing import Any
 from jopt.arrays.patterns import Pattern, Unstructured
 from jopt.programs import flags, sites
 from jopt.programs.record import inputs_of, require_batches
+from jopt.programs.targets import find_targets
 from jopt.pruning.allocation import Allocation
-from jopt.pruning.in_order import prune_all_at_once, prune_in_order
-from jopt.pruning.reconstruction import OneShotReport
+from jopt.pruning.goals import check_groups, resolve_goals
+from jopt.pruning.in_order import prune_layers
+from jopt.pruning.one_shot_report import OneShotReport
 from jopt.pruning.solving import Method, check
 from jopt.pruning.sparsegpt import prepare, prune_prepared
-from jopt.pruning.targets import find_targets, resolve_goals
 from jopt.pruning.wanda import prune_given_squares
 from jopt.trees import rules
 
@@ -224,7 +225,15 @@ def _one_shot(
         raise ValueError("batches must have at least one item, got none")
     inputs = flags.fix(inputs_of(first))
     analysis = sites.analyse(apply, params, inputs, {})
-    targets, left = find_targets(analysis.table, params, goals, select)
+    targets, left = find_targets(
+        analysis.table,
+        params,
+        goals,
+        select,
+        without_goal="no rule gives it a sparsity",
+    )
+    for target in targets:
+        check_groups(target)
     if not targets:
         listed = "; ".join(f"{path}: {why}" for path, why in left.items())
         raise ValueError(
@@ -232,8 +241,7 @@ def _one_shot(
             f"({listed or 'none is selected'}); choose others with select"
         )
     check(method, targets)  # before the first pass
-    prune = prune_in_order if error_propagation else prune_all_at_once
-    return prune(
+    return prune_layers(
         method,
         apply,
         params,
@@ -242,6 +250,7 @@ def _one_shot(
         targets,
         left,
         None if allocation is None else (allocation, float(sparsity)),
+        error_propagation=error_propagation,
         errors=errors,
         progress=progress,
     )

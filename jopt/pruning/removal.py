@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.programs import passes
 from jopt.programs.handlers import Handler, Use, to_array
 from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
+from jopt.programs.targets import Target
 from jopt.programs.weights import parts, repeated_batch, weight_matrix
-from jopt.pruning import passes
-from jopt.pruning.targets import Target
 
 
 def errors_of_all(apply: Callable[..., Any], targets: Sequence[Target]) -> passes.Pass:

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jopt.arrays.gram_errors import squared_norms, sum_by_outputs
 from jopt.programs.layouts import Layout
-from jopt.pruning.passes import Moments, probe
-from jopt.pruning.reconstruction import squared_norms, sum_by_outputs
-from jopt.pruning.spread import as_automatic, by_outputs, on_every_device, placed_as
-from jopt.pruning.targets import Goal, Target
+from jopt.programs.passes import Moments, probe
+from jopt.programs.spread import as_automatic, by_outputs, on_every_device, placed_as
+from jopt.programs.targets import Target
+from jopt.pruning.goals import Goal
 
 
 class Method(NamedTuple):

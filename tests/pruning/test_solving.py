@@ -1,7 +1,5 @@
 """What one-shot pruning computes with: the factor in place, errors, meshes, memory."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +9,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jopt
-from jopt.pruning import factors, passes, reconstruction, solving
+from jopt.arrays import factors, gram_errors, sweeps
+from jopt.programs import passes
+from jopt.pruning import solving
 from tests import hlo
-
-sparsegpt = sys.modules["jopt.pruning.sparsegpt"]  # the package has a function so named
 
 
 def draw(*shape, seed=0):
@@ -26,9 +24,9 @@ def small_tiles(monkeypatch):
     """Several tiles and chunks in matrices of some dozen columns."""
     for module, name, size in (
         (factors, "_TILE", 8),
-        (reconstruction, "_TILE", 8),
-        (reconstruction, "_OUTPUTS", 4),
-        (sparsegpt, "_ROWS", 16),
+        (gram_errors, "_TILE", 8),
+        (gram_errors, "_OUTPUTS", 4),
+        (sweeps, "_ROWS", 16),
     ):
         monkeypatch.setattr(module, name, size)
 
@@ -60,7 +58,7 @@ def test_squared_norms_are_those_of_the_results(columns, outputs, small_tiles):
     pruned = np.where(draw(columns, outputs, seed=2) > 0, w, 0)
     gram = x.T @ x
     anything = np.triu(np.full_like(gram, np.nan))  # on and above the diagonal
-    found = reconstruction.squared_norms(
+    found = gram_errors.squared_norms(
         jnp.asarray(w),
         jnp.asarray(pruned),
         jnp.asarray(np.where(np.isnan(anything), np.nan, gram)),

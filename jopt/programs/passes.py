@@ -24,13 +24,13 @@ from jopt.programs import compat, flags, interpret, sites, statistics
 from jopt.programs.handlers import Handler, Use, to_array
 from jopt.programs.operations import Site
 from jopt.programs.record import inputs_of
+from jopt.programs.targets import Target
 from jopt.programs.weights import (
     Part,
     parts,
     shared_batch,
     weight_matrix,
 )
-from jopt.pruning.targets import Target
 
 Moments = Literal["gram", "squares"]
 Pass = Callable[[Any, Any, Any], Any]

@@ -1,4 +1,4 @@
-"""Where one-shot pruning computes when params lie on a mesh.
+"""Where algorithms on columns compute when params lie on a mesh.
 
 The outputs of a matrix do not depend on each other but for counts, so a matrix is split
 by outputs over the devices that hold its leaf, whatever axis the leaf is split along;

@@ -1,0 +1,142 @@
+"""The order of algorithms on columns: layer after layer, or all at once.
+
+In order, each step asks a pass over the batches for the moments of one input, works on
+what reads it, and the next pass runs with the params as they are by then. All at once,
+one pass gives the moments of everything.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from jopt.programs import passes
+from jopt.programs.passes import Moments
+from jopt.programs.record import track
+from jopt.programs.sites import Analysis
+from jopt.programs.sources import Sources
+from jopt.programs.targets import Target
+
+
+class Work(Protocol):
+    """What becomes of the params.
+
+    Attributes:
+        left: path, or name of a target or layer, to why it is left alone.
+    """
+
+    left: dict[str, str]
+
+    @property
+    def params(self) -> Any:
+        """As they are now."""
+
+    def prepare(self, moments: jax.Array) -> Any:
+        """Get ready what several matrices share; the moments may be used up."""
+
+    def solve(self, i: int, layer: int, inputs: Any, seen: jax.Array) -> None:
+        """Work on one layer of a target, given what `prepare` returned, and `seen`."""
+
+
+class Step(NamedTuple):
+    """Targets that see one input, and a layer of theirs."""
+
+    targets: list[int]
+    layer: int
+
+
+def run_in_order(
+    work: Work,
+    apply: Callable[..., Any],
+    batches: Iterable[Any],
+    targets: Sequence[Target],
+    steps: Sequence[Step],
+    kind: Moments,
+    *,
+    label: str,
+    progress: bool,
+) -> None:
+    """Work on layer after layer, each with the inputs that those before it give.
+
+    Args:
+        work: what to do.
+        apply: the function.
+        batches: of inputs, that can be passed over again.
+        targets: what to work on.
+        steps: in the order of the program, see `steps_of`.
+        kind: of moments that are needed.
+        label: of the bar.
+        progress: whether to show one.
+    """
+    observe = passes.moments_of_some(apply, targets, kind)
+    for step in track(steps, label, progress):
+        active = [i for i in step.targets if targets[i].name not in work.left]
+        if not active:
+            continue
+        asked = [targets[i] for i in active]
+        values = passes.asked(targets, asked[0], asked, step.layer)
+        found = passes.total(observe, work.params, batches, values)
+        _, batch, columns, _ = asked[0].layout.sizes
+        shape = (batch, columns, columns) if kind == "gram" else (batch, columns)
+        inputs = work.prepare(found["moments"].pop(str(shape)))
+        for i in active:
+            seen = passes.seen_by(targets[i], found["seen"])
+            work.solve(i, step.layer, inputs, seen)
+        del inputs  # before the next pass
+
+
+def run_all_at_once(
+    work: Work,
+    targets: Sequence[Target],
+    steps: Sequence[Step],
+    found: Mapping[str, Any],
+) -> None:
+    """Work on every layer with the inputs of the params as they were.
+
+    Args:
+        work: what to do.
+        targets: what to work on.
+        steps: in the order of the program.
+        found: what a pass by `passes.moments_of_all` gave.
+    """
+    for i in dict.fromkeys(i for step in steps for i in step.targets):
+        target = targets[i]
+        moments = passes.of_target(target, found, "moments")
+        seen = passes.of_target(target, found, "seen")
+        for layer in range(target.layout.sizes[0]):
+            if target.name not in work.left:
+                work.solve(i, layer, work.prepare(moments[layer]), seen[layer])
+
+
+def steps_of(analysis: Analysis, targets: Sequence[Target]) -> list[Step]:
+    """Sort the layers of all targets, those with one input together.
+
+    Args:
+        analysis: of the function.
+        targets: what to work on.
+
+    Returns:
+        The steps, in the order of the program.
+    """
+    sources = Sources(analysis.traced.body)
+    groups: dict[Any, list[tuple[Any, int]]] = {}
+    for i, target in enumerate(targets):
+        _, batch, columns, _ = target.layout.sizes
+        for layer in range(target.layout.sizes[0]):
+            inputs: list[Hashable] = []
+            moments = []
+            for site, part in target.uses:
+                index = passes.layer_index(target, site, part, layer)
+                loops = [a.key for a in site.around if a.kind == "layers"]
+                layers = {
+                    key: at
+                    for key, at in zip(loops, index, strict=True)
+                    if isinstance(at, int)
+                }
+                inputs.append((sources.input_of(site), tuple(layers.items())))
+                moments.append(sources.order(site, layers))
+            key: Any = (frozenset(Counter(inputs).items()), batch, columns, layer)
+            groups.setdefault(key, []).append((min(moments), i))
+    ordered = sorted((sorted(members), key[-1]) for key, members in groups.items())
+    return [Step([i for _, i in members], layer) for members, layer in ordered]
