@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jopt.arrays import quantized_shards, quantized_views
 from jopt.arrays.codes import (
@@ -54,6 +54,7 @@ __all__ = [
     "decode",
     "dequantize",
     "fake_quantize",
+    "from_codes",
     "nearest",
     "quantize_array",
     "scale_shape",
@@ -248,7 +249,32 @@ def _quantize(
     else:
         scale = _nan_where_group_is(scale, w)
     codes = compute_codes(w, scale, spec, rounding=rounding, key=key)
-    axis = group_axis(w.ndim, spec)
+    return from_codes(codes, scale, spec, w.dtype, order=order)
+
+
+def from_codes(
+    codes: jax.Array,
+    scale: Scale,
+    spec: QuantSpec,
+    dtype: DTypeLike,
+    *,
+    input_scale: jax.Array | None = None,
+    order: Order = "kn",
+) -> QuantizedArray:
+    """Pack codes that were found by whatever means.
+
+    Args:
+        codes: unpacked, of `spec.format.code_dtype`.
+        scale: their scales.
+        spec: how they are to be read.
+        dtype: of the floats that they stand for.
+        input_scale: that the floats were multiplied by, see `QuantizedArray`.
+        order: as for `quantize_array`.
+
+    Returns:
+        The quantized array.
+    """
+    ndim, axis = codes.ndim, group_axis(codes.ndim, spec)
     if order == "nk":
         codes = jnp.swapaxes(codes, -1, -2)
         axis = {-1: -2, -2: -1}.get(axis, axis) if axis is not None else None
@@ -260,8 +286,9 @@ def _quantize(
     return QuantizedArray(
         codes,
         *scale,
-        spec=_counted_from_end(spec, w.ndim),
-        dtype=w.dtype,
+        input_scale=input_scale,
+        spec=_counted_from_end(spec, ndim),
+        dtype=jnp.dtype(dtype),
         packed_axis=packed_axis,
         packed_size=packed_size,
         order=order,

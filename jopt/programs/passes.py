@@ -330,3 +330,28 @@ def stacking(site: Site) -> list[Any]:
 def lengths(site: Site) -> tuple[int, ...]:
     """List the numbers of layers of the scans around a site."""
     return tuple(around.size for around in site.around if around.kind == "layers")
+
+
+def is_met(seen: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Tell whether matrices are what the inputs met, up to one factor.
+
+    Args:
+        seen: `[batch, columns]`, sums of `w v`.
+        matrices: `[batch, columns, outputs]`, what w is taken for.
+
+    Returns:
+        Whether they are.
+    """
+    expected = jnp.einsum(
+        "bkn,n->bk",
+        matrices.astype(jnp.float32),
+        probe(matrices.shape[-1]),
+        precision="highest",
+    )
+    # Batch entries that nothing reached are not seen, and not pruned either.
+    ran = jnp.any(seen != 0, axis=-1, keepdims=True)
+    expected = jnp.where(ran, expected, 0.0)
+    norm = jnp.sum(expected * expected)
+    factor = jnp.sum(seen * expected) / jnp.where(norm > 0, norm, 1.0)
+    rest = seen - factor * expected
+    return jnp.sum(rest * rest) <= 0.01 * jnp.sum(seen * seen)

@@ -6,10 +6,13 @@ what is known of its inputs is on every device. Meshes are taken as automatic on
 explicit one would have every operation say what the compiler is told here once.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jopt.programs.layouts import Layout
@@ -67,3 +70,37 @@ def _automatic(mesh: Any) -> Mesh:
         mesh.axis_names,
         axis_types=(AxisType.Auto,) * len(mesh.axis_names),
     )
+
+
+def each(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Map over the first axis, one after the other; nothing is copied for a single.
+
+    Args:
+        function: of one entry of each array, to a tree of arrays.
+        arrays: with an axis in front, or None.
+
+    Returns:
+        The results, with that axis in front.
+    """
+    if jax.tree.leaves(arrays)[0].shape[0] > 1:
+        return lax.map(lambda each: function(*each), arrays)
+    alone = function(*jax.tree.map(lambda x: x[0], arrays))
+    return jax.tree.map(lambda x: x[None], alone)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def read(leaf: jax.Array, *, layout: Layout) -> jax.Array:
+    """Read all matrices of a leaf.
+
+    Args:
+        leaf: weights, or their mask.
+        layout: of the matrices.
+
+    Returns:
+        `[layers, batch, columns, outputs]`.
+    """
+    return layout.to_matrices(leaf)
+
+
+# Its stub has no types.
+constrain: Any = lax.with_sharding_constraint

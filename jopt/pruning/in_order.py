@@ -13,12 +13,12 @@ from jopt.programs import passes
 from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
-from jopt.programs.spread import as_automatic, on_every_device
+from jopt.programs.spread import as_automatic, on_every_device, read
 from jopt.programs.targets import Target
 from jopt.pruning import removal
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.one_shot_report import LayerRow, OneShotReport
-from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer, read
+from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer
 
 Budget = tuple[Allocation, float] | None
 Result = tuple[Any, Any, OneShotReport]

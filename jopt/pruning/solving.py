@@ -19,8 +19,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.gram_errors import squared_norms, sum_by_outputs
 from jopt.programs.layouts import Layout
-from jopt.programs.passes import Moments, probe
-from jopt.programs.spread import as_automatic, by_outputs, on_every_device, placed_as
+from jopt.programs.passes import Moments, is_met
+from jopt.programs.spread import (
+    as_automatic,
+    by_outputs,
+    constrain,
+    each,
+    on_every_device,
+    placed_as,
+)
 from jopt.programs.targets import Target
 from jopt.pruning.goals import Goal
 
@@ -109,7 +116,7 @@ def _check_one(columns: int, outputs: int, goal: Goal, method: Method) -> None:
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=0)
 def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
     squares = jnp.diagonal(gram, axis1=1, axis2=2)
-    return Inputs(_each(lambda g: _prepare(g, method), gram), squares)
+    return Inputs(each(lambda g: _prepare(g, method), gram), squares)
 
 
 def _prepare(gram: jax.Array, method: Method) -> jax.Array:
@@ -203,7 +210,7 @@ def _prune_layer(
     num_layers = every.shape[0]
     weights = every[0] if num_layers == 1 else every[layer]
     if split is not None:
-        weights = _constrain(weights, split)
+        weights = constrain(weights, split)
     squares = inputs.squares
     is_finite = jnp.isfinite(squares).all()
     met = is_met(seen, weights)
@@ -232,7 +239,7 @@ def _prune_layer(
         num_kept, num_wrong = sum_by_outputs(count, w.shape[1], in_parts=split is None)
         return kept, mask, num_kept, num_wrong, errors
 
-    kept, new, num_kept, num_wrong, errors = _each(
+    kept, new, num_kept, num_wrong, errors = each(
         one, weights, inputs.prepared, squares
     )
     facts = Facts(
@@ -245,7 +252,7 @@ def _prune_layer(
     )
     if split is not None:
         whole = NamedSharding(split.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
-        facts = jax.tree.map(lambda x: _constrain(x, whole), facts)
+        facts = jax.tree.map(lambda x: constrain(x, whole), facts)
     if mask is None:
         mask = jnp.ones(leaf.shape, jnp.bool_)
     results = []
@@ -255,13 +262,11 @@ def _prune_layer(
             values = layout.to_matrices(before).at[layer].set(values[0])
         after = layout.from_matrices(values, before)
         if back is not None:
-            after = _constrain(after, back)
+            after = constrain(after, back)
         results.append(after)
     return results[0], results[1], facts
 
 
-# Its stub has no types.
-_constrain: Any = lax.with_sharding_constraint
 _STATIC = ("layout", "goal", "method", "with_errors", "split", "back")
 _anew = jax.jit(_prune_layer, static_argnames=_STATIC, donate_argnames="mask")
 _in_place = jax.jit(
@@ -285,50 +290,3 @@ def _solve(
         pattern=goal.pattern,
         **dict(method.options),
     )
-
-
-def _each(function: Callable[..., Any], *arrays: Any) -> Any:
-    """Map over the first axis, one after the other; nothing is copied for a single."""
-    if jax.tree.leaves(arrays)[0].shape[0] > 1:
-        return lax.map(lambda each: function(*each), arrays)
-    alone = function(*jax.tree.map(lambda x: x[0], arrays))
-    return jax.tree.map(lambda x: x[None], alone)
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def read(leaf: jax.Array, *, layout: Layout) -> jax.Array:
-    """Read all matrices of a leaf.
-
-    Args:
-        leaf: weights, or their mask.
-        layout: of the matrices.
-
-    Returns:
-        `[layers, batch, columns, outputs]`.
-    """
-    return layout.to_matrices(leaf)
-
-
-def is_met(seen: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Tell whether matrices are what the inputs met, up to one factor.
-
-    Args:
-        seen: `[batch, columns]`, sums of `w v`.
-        matrices: `[batch, columns, outputs]`, what w is taken for.
-
-    Returns:
-        Whether they are.
-    """
-    expected = jnp.einsum(
-        "bkn,n->bk",
-        matrices.astype(jnp.float32),
-        probe(matrices.shape[-1]),
-        precision="highest",
-    )
-    # Batch entries that nothing reached are not seen, and not pruned either.
-    ran = jnp.any(seen != 0, axis=-1, keepdims=True)
-    expected = jnp.where(ran, expected, 0.0)
-    norm = jnp.sum(expected * expected)
-    factor = jnp.sum(seen * expected) / jnp.where(norm > 0, norm, 1.0)
-    rest = seen - factor * expected
-    return jnp.sum(rest * rest) <= 0.01 * jnp.sum(seen * seen)

@@ -49,6 +49,10 @@ class LayerReport(Generic[Row]):
         measured = [(row.error, row) for row in self.rows if row.error is not None]
         return tuple(row for _, row in sorted(measured, key=lambda pair: -pair[0]))
 
+    def shown(self) -> tuple[Row, ...]:
+        """The rows in the order of the table."""
+        return self.rows
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """List the rows as dicts of JSON values.
 
@@ -76,7 +80,7 @@ class LayerReport(Generic[Row]):
         columns = self.rows[0].cells() if self.rows else {}
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
-        for row in self.rows:
+        for row in self.shown():
             # As Text, because a plain string may hold what rich takes for markup.
             cells = (row.name, *row.cells().values())
             table.add_row(*map(rich.text.Text, cells))

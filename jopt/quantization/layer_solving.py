@@ -1,0 +1,393 @@
+"""Quantize the matrices of one layer of a leaf in one program, and say what that costs.
+
+    prepare:         Gram matrices  ->  what the method reads of them, in their place
+    quantize_layer:  leaf, codes    ->  leaf, codes, scales, facts
+
+The leaf goes on as floats on the grid, so that what follows sees what will be executed;
+codes lie in an array of the leaf's shape. Scales are small, and are put together when
+all layers have theirs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jopt.arrays.codes import compute_codes, compute_levels, scale_levels
+from jopt.arrays.gram_errors import squared_norms
+from jopt.arrays.scales import Scale, spread_groups
+from jopt.arrays.specs import QuantSpec
+from jopt.programs.layouts import Layout
+from jopt.programs.passes import Moments, is_met
+from jopt.programs.spread import (
+    as_automatic,
+    by_outputs,
+    constrain,
+    each,
+    on_every_device,
+    placed_as,
+)
+from jopt.programs.targets import Target
+
+
+class Solved(NamedTuple):
+    """What a method found for one matrix [inputs, outputs].
+
+    Attributes:
+        values: float32, on the grid, in units of the stored numbers: those of the
+            weights times `input_scale`.
+        scale: fields [groups, outputs].
+        input_scale: [inputs], that the weights were multiplied by; None for 1.
+    """
+
+    values: jax.Array
+    scale: Scale
+    input_scale: jax.Array | None = None
+
+
+class Method(NamedTuple):
+    """An algorithm on one matrix, by value, so that programs are shared.
+
+    Attributes:
+        name: as users call it.
+        matrix: `(weights, prepared, squares, scale, spec, **options)` to `Solved`:
+            float32 [inputs, outputs], what `prepare` made of the Gram matrix, its
+            diagonal, the scales of rounding to nearest, and the spec of a matrix, whose
+            groups run along the inputs.
+        moments: what it needs of the inputs.
+        prepare: `(gram, **options)` to an array of its shape that holds the Gram matrix
+            below the diagonal; None for the Gram matrix itself.
+        order: `(squares, **options)` to the inputs in the order in which `prepared` has
+            them; None for as they are.
+        options: further arguments.
+    """
+
+    name: str
+    matrix: Callable[..., Solved]
+    moments: Moments = "gram"
+    prepare: Callable[..., jax.Array] | None = None
+    order: Callable[..., jax.Array] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Inputs(NamedTuple):
+    """What is known of the inputs of one layer.
+
+    Attributes:
+        prepared: `[batch, columns, columns]`, None where only squares are kept.
+        squares: `[batch, columns]`, of the norm of each input.
+    """
+
+    prepared: jax.Array | None
+    squares: jax.Array
+
+
+class Facts(NamedTuple):
+    """What became of the matrices of one layer.
+
+    Attributes:
+        is_finite: whether the inputs are.
+        is_met: whether the matrices are what the inputs met.
+        is_solved: whether the result is finite.
+        reached: `[batch]`, whether other inputs than zeros came.
+        noise: `[2]`, squared norms of what was lost of the weights, and of all.
+        errors: `[2]`, of what was lost of the results, and of all of them; NaN where
+            they were not asked for, or no Gram matrix was kept.
+    """
+
+    is_finite: Any
+    is_met: Any
+    is_solved: Any
+    reached: Any
+    noise: Any
+    errors: Any
+
+
+def matrix_spec(spec: QuantSpec) -> QuantSpec:
+    """Say how a matrix [inputs, outputs] of a leaf is quantized."""
+    return dataclasses.replace(spec, axis=None)
+
+
+@functools.partial(jax.jit, static_argnames="method", donate_argnums=0)
+def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
+    squares = jnp.diagonal(gram, axis1=1, axis2=2)
+    if method.prepare is None:
+        return Inputs(gram, squares)
+    options = dict(method.options)
+    return Inputs(each(functools.partial(method.prepare, **options), gram), squares)
+
+
+def prepare(moments: jax.Array, *, method: Method) -> Inputs:
+    """Get ready what the matrices that read one input share.
+
+    Args:
+        moments: `[batch, columns, columns]`, used up; or squares `[batch, columns]`.
+        method: what will be done.
+
+    Returns:
+        What is known of the input, on every device of its mesh.
+    """
+    moments = on_every_device(moments)
+    if moments.ndim == 2:
+        return Inputs(None, moments)
+    return _prepared(moments, method=method)
+
+
+def quantize_layer(
+    leaf: jax.Array,
+    codes: jax.Array | None,
+    static: Scale,
+    inputs: Inputs,
+    seen: jax.Array,
+    layer: int,
+    *,
+    target: Target,
+    method: Method,
+    is_own: bool,
+    errors: bool,
+) -> tuple[jax.Array, jax.Array, Solved, Facts]:
+    """Quantize one layer of a leaf.
+
+    Args:
+        leaf: weights.
+        codes: of the leaf so far, None before its first layer; used up.
+        static: the scales of the leaf for rounding to nearest.
+        inputs: what `prepare` returned.
+        seen: `[batch, columns]`, sums of `w v`.
+        layer: which one.
+        target: which matrices; its goal is the spec of the leaf.
+        method: what to do.
+        is_own: whether the leaf may be used up.
+        errors: whether to measure them.
+
+    Returns:
+        The leaf and its codes, where the leaf lay; scales of the layer, fields
+        `[batch, groups, outputs]`, and no values; the facts. Matrices that nothing
+        reached are rounded to nearest; all of them, where the inputs are not finite or
+        met something else.
+    """
+    whole = as_automatic(leaf)
+    run = _in_place if is_own else _anew
+    solved, now, new, facts = run(
+        whole,
+        None if codes is None else as_automatic(codes),
+        jax.tree.map(on_every_device, static),
+        inputs,
+        on_every_device(seen),
+        layer,
+        layout=target.layout,
+        spec=target.goal,
+        method=method,
+        with_errors=errors,
+        split=by_outputs(whole, target.layout),
+        back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
+    )
+    found = placed_as(now, leaf), placed_as(new, leaf)
+    return *found, solved, jax.device_get(facts)
+
+
+def _quantize_layer(
+    leaf: jax.Array,
+    codes: jax.Array | None,
+    static: Scale,
+    inputs: Inputs,
+    seen: jax.Array,
+    layer: jax.Array,
+    *,
+    layout: Layout,
+    spec: QuantSpec,
+    method: Method,
+    with_errors: bool,
+    split: NamedSharding | None,
+    back: NamedSharding | None,
+) -> tuple[Solved, jax.Array, jax.Array, Facts]:
+    every = layout.to_matrices(leaf)
+    num_layers = every.shape[0]
+    weights = every[0] if num_layers == 1 else every[layer]
+    if split is not None:
+        weights = constrain(weights, split)
+    is_finite = jnp.isfinite(inputs.squares).all()
+    met = is_met(seen, weights)
+    rounded = layer_scale(static, leaf.shape, layout, spec, layer)
+    form = matrix_spec(spec)
+    options = dict(method.options)
+
+    def one(
+        w: jax.Array, prepared: jax.Array | None, squares: jax.Array, nearest: Scale
+    ) -> Any:
+        wide = w.astype(jnp.float32)
+        found = method.matrix(wide, prepared, squares, nearest, form, **options)
+        is_solved = jnp.isfinite(found.values).all()
+        is_left = ~(is_finite & met & jnp.any(squares > 0))
+        scale = jax.tree.map(
+            lambda a, b: jnp.where(is_left, a, b), nearest, found.scale
+        )
+        by_input = found.input_scale
+        if by_input is not None:
+            by_input = jnp.where(is_left, 1.0, by_input)
+        simple = scale_levels(compute_levels(wide, nearest, form), nearest, jnp.float32)
+        values = jnp.where(is_left, simple, found.values)
+        new = compute_codes(values, scale, form)
+        if by_input is not None:
+            values = values / by_input[:, None]
+        kept = values.astype(w.dtype)
+        lost = jnp.sum(jnp.square(wide - values))
+        noise = jnp.stack([lost, jnp.sum(jnp.square(wide))])
+        errors = jnp.full(2, jnp.nan, jnp.float32)
+        if prepared is not None and with_errors:
+            order: Any = slice(None)
+            if method.order is not None:
+                order = method.order(squares, **options)
+            errors = squared_norms(
+                wide[order],
+                values[order],
+                prepared,
+                squares[order],
+                in_parts=split is None,
+            )
+        solved = Solved(jnp.zeros(()), scale, by_input)
+        return kept, new, solved, is_solved | is_left, noise, errors
+
+    kept, new, solved, is_solved, noise, errors = each(
+        one, weights, inputs.prepared, inputs.squares, rounded
+    )
+    facts = Facts(
+        is_finite,
+        met,
+        is_solved.all(),
+        jnp.any(inputs.squares > 0, axis=-1),
+        jnp.sum(noise, axis=0),
+        jnp.sum(errors, axis=0),
+    )
+    if split is not None:
+        everywhere = NamedSharding(split.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        facts, solved = jax.tree.map(
+            lambda x: constrain(x, everywhere), (facts, solved)
+        )
+    if codes is None:
+        codes = compute_codes(leaf, static, spec)
+    results = []
+    for values, before in ((kept, leaf), (new, codes)):
+        values = values[None]
+        if num_layers > 1:
+            values = layout.to_matrices(before).at[layer].set(values[0])
+        after = layout.from_matrices(values, before)
+        if back is not None:
+            after = constrain(after, back)
+        results.append(after)
+    return solved, results[0], results[1], facts
+
+
+_STATIC = ("layout", "spec", "method", "with_errors", "split", "back")
+_anew = jax.jit(_quantize_layer, static_argnames=_STATIC, donate_argnames="codes")
+_in_place = jax.jit(
+    _quantize_layer, static_argnames=_STATIC, donate_argnames=("leaf", "codes")
+)
+
+
+def layer_scale(
+    static: Scale,
+    shape: tuple[int, ...],
+    layout: Layout,
+    spec: QuantSpec,
+    layer: Any,
+) -> Scale:
+    """Take the scales of one layer's matrices out of those of a leaf.
+
+    Args:
+        static: scales of the leaf.
+        shape: of the leaf.
+        layout: of its matrices.
+        spec: of the leaf.
+        layer: which layer.
+
+    Returns:
+        Fields `[batch, groups, outputs]`; outer scales `[batch, 1, outputs]`.
+    """
+    num_layers, _, columns, _ = layout.sizes
+    width = spec.group_size or columns
+
+    def of(field: jax.Array, every: int) -> jax.Array:
+        spread = jnp.broadcast_to(spread_groups(field, shape), shape)
+        matrices = layout.to_matrices(spread)
+        one = matrices[0] if num_layers == 1 else matrices[layer]
+        return one[:, ::every]
+
+    scale, zero_point, outer = static
+    return Scale(
+        of(scale, width),
+        None if zero_point is None else of(zero_point, width),
+        None if outer is None else of(outer, columns),
+    )
+
+
+def leaf_scale(
+    static: Scale,
+    shape: tuple[int, ...],
+    layout: Layout,
+    spec: QuantSpec,
+    layers: dict[int, Scale],
+) -> Scale:
+    """Put the scales of layers in the place of those of rounding to nearest.
+
+    Args:
+        static: scales of the leaf.
+        shape: of the leaf.
+        layout: of its matrices.
+        spec: of the leaf.
+        layers: layer to fields `[batch, groups, outputs]`.
+
+    Returns:
+        The scales of the leaf.
+    """
+    columns = layout.sizes[2]
+
+    def of(before: jax.Array, own: dict[int, jax.Array]) -> jax.Array:
+        spread = jnp.broadcast_to(spread_groups(before, shape), shape)
+        matrices = layout.to_matrices(spread)
+        for layer, values in own.items():
+            wide = jnp.repeat(values, columns // values.shape[1], axis=1)
+            matrices = matrices.at[layer].set(wide.astype(matrices.dtype))
+        whole = layout.from_matrices(matrices, spread)
+        steps = [n // kept for n, kept in zip(shape, before.shape, strict=True)]
+        return whole[tuple(slice(None, None, step) for step in steps)]
+
+    fields = [
+        None
+        if before is None
+        else of(before, {layer: scale[i] for layer, scale in layers.items()})  # type: ignore[misc]
+        for i, before in enumerate(static)
+    ]
+    return Scale(*fields)  # type: ignore[arg-type]
+
+
+def leaf_input_scale(
+    shape: tuple[int, ...], layout: Layout, layers: dict[int, jax.Array]
+) -> jax.Array:
+    """Put the input scales of layers together.
+
+    Args:
+        shape: of the leaf.
+        layout: of its matrices.
+        layers: layer to `[batch, columns]`.
+
+    Returns:
+        float32 of the leaf's rank, of size 1 along the outputs, where they are axes of
+        their own.
+    """
+    ones = jnp.ones(shape, jnp.float32)
+    matrices = layout.to_matrices(ones)
+    for layer, values in layers.items():
+        matrices = matrices.at[layer].set(values[..., None])
+    whole = layout.from_matrices(matrices, ones)
+    inner = {atom.axis for group in layout.groups[:3] for atom in group}
+    return whole[
+        tuple(
+            slice(None) if axis in inner or not layout.is_whole else slice(0, 1)
+            for axis in range(len(shape))
+        )
+    ]

@@ -1,0 +1,176 @@
+"""Quantization with calibration data: codes chosen for what a layer computes.
+
+For each matrix that multiplies, y = x w with w [columns, outputs], the inputs that it
+meets in a few batches say which errors of its weights matter:
+
+    packed, report = gptq(apply, params, batches, jopt.QuantSpec(jopt.formats.int4))
+
+Earlier layers are quantized first, and later ones see what that does to their inputs
+(`error_propagation`). All take any function, stacked layers, kernels of many axes,
+convolutions and experts, and every format that has no scale of its own per element.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jopt.quantization.gptq import check, input_order, prepare, round_prepared
+from jopt.quantization.layer_report import QuantizationReport
+from jopt.quantization.layer_solving import Method
+from jopt.quantization.layers import quantize_layers
+from jopt.quantization.nearest import round_to_nearest
+from jopt.quantization.specs import SpecOrRules
+from jopt.trees import rules
+
+
+def gptq(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    spec_or_rules: SpecOrRules,
+    *,
+    select: rules.Select = None,
+    error_propagation: bool = True,
+    activation_order: bool = False,
+    block_size: int = 128,
+    damping: float = 0.01,
+    errors: bool = True,
+    progress: bool = True,
+) -> tuple[Any, QuantizationReport]:
+    """Quantize by GPTQ: inputs that are rounded later make up for those before.
+
+    Per matrix, with H = X^T X + damping mean(diag(X^T X)) I over all rows X that meet
+    it, and R^T R = H^-1, R upper triangular, inputs i are taken one after another:
+
+        q_i = round(w_i),   W_j -= R_ij (w_i - q_i) / R_ii   for j > i
+
+    What it costs: with `error_propagation`, one forward pass over all batches for each
+    layer of each group of sites with one input (query, key and value share theirs), and
+    one Gram matrix per size of input at a time. Without it, one pass, and all Gram
+    matrices, float32 `[columns, columns]` per layer, at once.
+
+    Args:
+        apply: a pure function `apply(params, *inputs)`.
+        params: its parameters, any tree of float arrays.
+        batches: of inputs; each item is the tuple of inputs after `params`, and a bare
+            array or dict counts as one input. Passed over more than once: an iterator
+            is read into a list, any other iterable must give the same batches again.
+        spec_or_rules: a `jopt.QuantSpec` of any format, or rules `{path pattern: spec
+            or None}`, the first match deciding. Where `axis` is left out scales are per
+            output (and layer, and expert), and groups run along the inputs.
+        select: which leaves: a predicate `(path, leaf) -> bool` such as
+            `jopt.matching(...)`, a tree of bools, or None for float leaves that only
+            multiply, of two axes or more not counting stacked layers.
+        error_propagation: whether a layer sees the inputs that the quantized layers
+            before it give, instead of those of the floats.
+        activation_order: whether inputs that are large come first, with the scales that
+            the weights have before anything is rounded. It helps where few inputs are
+            much larger than others.
+        block_size: inputs whose errors are passed on together.
+        damping: part of the mean of the diagonal that is added to it.
+        errors: whether the report says what each layer loses of its results.
+        progress: whether to show a bar, if there is a terminal.
+
+    Returns:
+        `(packed, report)`: the params with `QuantizedArray` leaves, for `jopt.execute`,
+        `jopt.dequantize` and `jopt.save`; and a row per layer with the relative error
+        ||X W - X Q||^2 / ||X W||^2 and the signal-to-noise ratio of the weights, the
+        worst first where it is printed, and what was left alone and why.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or `batches` are no inputs.
+        ValueError: there is no batch or nothing to quantize, a spec does not fit its
+            leaf, a leaf is compressed already, or inputs are not finite.
+
+    References:
+        Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
+        Pre-trained Transformers, arXiv:2210.17323.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> params = {"w": jnp.array([[7.0], [2.4]])}
+    >>> x = jnp.array([[1.0, 0.9], [0.9, 1.0]])
+    >>> packed, report = gptq(apply, params, [x], jopt.QuantSpec(jopt.formats.int4))
+    >>> print(report)
+      layer    shape   format    bits   SNR dB      error
+     ─────────────────────────────────────────────────────
+      w       [2, 1]     int4   12.00     25.3   1.81e-03
+    """
+    options = (
+        ("activation_order", activation_order),
+        ("block_size", block_size),
+        ("damping", damping),
+    )
+    check(**dict(options))  # type: ignore[arg-type]
+    method = Method(
+        "gptq",
+        round_prepared,
+        prepare=prepare,
+        order=input_order if activation_order else None,
+        options=options,
+    )
+    return quantize_layers(
+        method,
+        apply,
+        params,
+        batches,
+        spec_or_rules,
+        select=select,
+        error_propagation=error_propagation,
+        errors=errors,
+        progress=progress,
+    )
+
+
+def rtn(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    spec_or_rules: SpecOrRules,
+    *,
+    select: rules.Select = None,
+    error_propagation: bool = True,
+    errors: bool = True,
+    progress: bool = True,
+) -> tuple[Any, QuantizationReport]:
+    """Round to nearest, and measure on real inputs what that does to every layer.
+
+    The codes are those of `jopt.quantize(params, spec, sites=...)`, which needs no
+    batches; this is the yardstick of the others. Arguments, results and errors are
+    those of `gptq`.
+
+    Args:
+        apply: a pure function `apply(params, *inputs)`.
+        params: its parameters, any tree of float arrays.
+        batches: of inputs, as for `gptq`.
+        spec_or_rules: a `jopt.QuantSpec`, or rules, as for `gptq`.
+        select: which leaves, as for `gptq`.
+        error_propagation: whether errors are measured on the inputs that the quantized
+            layers before it give.
+        errors: whether the report says what each layer loses of its results.
+        progress: whether to show a bar, if there is a terminal.
+
+    Returns:
+        `(packed, report)`, as for `gptq`.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or `batches` are no inputs.
+        ValueError: as for `gptq`.
+
+    >>> import jax.numpy as jnp, jopt
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> params = {"w": jnp.array([[7.0], [2.4]])}
+    >>> packed, _ = rtn(apply, params, [jnp.eye(2)], jopt.QuantSpec(jopt.formats.int4))
+    >>> jopt.dequantize(packed)["w"][:, 0]
+    Array([7., 2.], dtype=float32)
+    """
+    return quantize_layers(
+        Method("rtn", round_to_nearest, "squares"),
+        apply,
+        params,
+        batches,
+        spec_or_rules,
+        select=select,
+        error_propagation=error_propagation,
+        errors=errors,
+        progress=progress,
+    )
