@@ -122,7 +122,7 @@ def _sweep_block(
 
     def plan_at(rows: jax.Array, place: jax.Array) -> Any:
         scale = lax.dynamic_slice_in_dim(diagonal, place, unit)
-        return plan(rows, scale, first + place)
+        return plan(rows, scale, jnp.asarray(first + place, jnp.int32))  # in x64 too
 
     def decide_rows(
         rows: jax.Array,

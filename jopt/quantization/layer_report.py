@@ -25,7 +25,7 @@ class QuantizedRow:
         bits: per weight, scales included.
         signal_to_noise: of the weights, in dB; infinite where nothing was lost.
         error: relative error of what it computes, squared; 0 is none, 1 is all. None
-            where it was not measured.
+            where it was not measured, or nothing reached the layer.
     """
 
     name: str

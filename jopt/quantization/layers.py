@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
@@ -62,6 +63,14 @@ class _Work:
         self.leaves = list(self.dense)
         self.codes: dict[int, jax.Array] = {}
         self.static = {t.leaf: _scale_of(self.dense[t.leaf], t.goal) for t in targets}
+        for target in targets:
+            step = self.static[target.leaf].scale
+            if not jnp.isfinite(step.astype(jnp.float32)).all():
+                raise ValueError(
+                    "params must be finite where they are quantized, got NaN or "
+                    f"infinity in {target.path!r}; repair it, or leave it out with "
+                    "select"
+                )
 
     @property
     def params(self) -> Any:
@@ -108,9 +117,8 @@ class _Work:
             return
         if not facts.is_solved:
             raise ValueError(
-                "params must be finite, and damping make every Gram matrix positive "
-                f"definite, got one that is not at {name!r}; look at {target.path!r}, "
-                "raise damping, or bring more rows than inputs"
+                "damping must make every Gram matrix positive definite, got one that "
+                f"is not at {name!r}; raise damping, or bring more rows than inputs"
             )
         if not facts.reached.all():
             several = facts.reached.size > 1
@@ -164,7 +172,7 @@ class _Work:
                     format=target.goal.format.name,
                     bits=leaves[target.leaf].bits_per_weight,
                     signal_to_noise=decibels(*map(float, facts.noise)),
-                    error=(lost / whole if whole else 0.0) if self.errors else None,
+                    error=lost / whole if self.errors and whole else None,
                 )
             )
         report = QuantizationReport(tuple(rows), self.left)
@@ -237,13 +245,20 @@ def _targets(
 ) -> tuple[list[Target], dict[str, str]]:
     """Find what to quantize, with the spec of each leaf."""
     specs = resolve_specs(spec_or_rules, params, select=select, sites=table)
-    goals = [
-        None if is_masked_node(spec) else spec
-        for spec in jax.tree.leaves(specs, is_leaf=is_masked_node)
-    ]
+    goals: list[Any] = jax.tree.leaves(specs, is_leaf=is_masked_node)
+    if not isinstance(spec_or_rules, QuantSpec):
+        ruled = rules.resolve(spec_or_rules, params)
+        goals = [
+            None if own is None else goal
+            for own, goal in zip(ruled, goals, strict=True)
+        ]
     targets, left = find_targets(
         table, params, goals, select, without_goal="no rule gives it a spec"
     )
+    for target in targets:
+        if is_masked_node(target.goal):
+            left[target.path] = "not selected, being no matrix"
+    targets = [target for target in targets if target.path not in left]
     for target in targets:
         _check_grid(target)
     return targets, left
