@@ -1,0 +1,187 @@
+"""GPTQ of one layer: over a NumPy reference of the paper, and over llm-compressor.
+
+Run: python -m experiments.benchmarks.gptq --out gptq.json
+
+All take the same weights and Gram matrix, in float32, in turn, from there to the
+quantized weights; jopt also as users call it, from the inputs on, without and with the
+error of the results. Inputs are small integers, so X^T X is exact whoever adds it up.
+What is right is told by the reference in float64. llm-compressor takes part where it is
+installed (it needs torch); its scales are those of the weights before anything is
+rounded. Its symmetric int4 has 16 levels with -8, jopt's has 15; with zero points both
+have 16, so errors are compared on those grids too.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+import jopt
+from experiments.benchmarks import measure, one_shot
+
+GROUP, BLOCK, DAMPING = 128, 128, 0.01
+
+
+def scale_of(rows, bits):
+    """Return symmetric scales of the outputs of some rows, rounded to bfloat16."""
+    scale = np.abs(rows).max(0).astype(np.float32) / np.float32(2 ** (bits - 1) - 1)
+    return np.asarray(jnp.asarray(scale).astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def reference(weights, gram, bits, dtype=np.float32):
+    """The algorithm of arXiv:2210.17323, with weights as [inputs, outputs]."""
+    w, h = weights.astype(dtype), gram.astype(dtype)
+    size, outputs = w.shape
+    diagonal = np.arange(size)
+    h[diagonal, diagonal] += DAMPING * np.mean(np.diag(h))
+    lower = scipy.linalg.cholesky(h, lower=True)
+    inverse = scipy.linalg.cho_solve((lower, True), np.eye(size, dtype=dtype))
+    upper = scipy.linalg.cholesky(inverse, lower=False)
+    top = 2 ** (bits - 1) - 1
+    codes = np.zeros(w.shape, np.int8)
+    for begin in range(0, size, BLOCK):
+        end = min(begin + BLOCK, size)
+        block, errors = w[begin:end].copy(), np.zeros((end - begin, outputs), dtype)
+        r = upper[begin:end, begin:end]
+        for i in range(end - begin):
+            if (begin + i) % GROUP == 0:
+                scale = scale_of(block[i : i + GROUP], bits).astype(dtype)
+            code = np.clip(np.rint(block[i] / scale), -top, top)
+            codes[begin + i] = code
+            error = (block[i] - code * scale) / r[i, i]
+            block[i] = code * scale
+            block[i + 1 :] -= np.outer(r[i, i + 1 :], error)
+            errors[i] = error
+        w[begin:end] = block
+        w[end:] -= upper[begin:end, end:].T @ errors
+    return w, codes
+
+
+def peer(weights, gram, bits, *, symmetric=True):
+    """Quantize by llm-compressor, and return a function that does it again."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    args = QuantizationArgs(
+        num_bits=bits, strategy="group", group_size=GROUP, symmetric=symmetric
+    )
+    w = torch.from_numpy(np.ascontiguousarray(weights.T))
+    h = torch.from_numpy(gram)
+    groups = w.reshape(w.shape[0], -1, GROUP)
+
+    def run():
+        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        with torch.no_grad():
+            found, _, fell_back = quantize_weight(
+                w[None].clone(), h[None].clone(), scale[None], zero_point[None], None,
+                args, blocksize=BLOCK, percdamp=DAMPING,
+            )  # fmt: skip
+        assert not bool(fell_back.any())
+        return found[0].numpy().T
+
+    return run
+
+
+def lost(weights, found, gram):
+    """Return ||X (W - Q)||^2 / ||X W||^2."""
+    w, g = weights.astype(np.float64), gram.astype(np.float64)
+    d = w - np.asarray(found, np.float64)
+    return float(np.sum(d * (g @ d)) / np.sum(w * (g @ w)))
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    weights, batches = one_shot.make(args.size)
+    x = np.concatenate(batches)
+    gram, params = x.T @ x, {"kernel": jnp.asarray(weights)}
+    has_peer = importlib.util.find_spec("llmcompressor") is not None
+    rows: dict[str, Any] = {}
+    for bits in args.bits:
+        spec = jopt.QuantSpec(getattr(jopt.formats, f"int{bits}"), group_size=GROUP)
+
+        def ours(spec=spec, **options):
+            packed, report = jopt.gptq(
+                one_shot.apply, params, batches, spec, progress=False, **options
+            )
+            jax.block_until_ready(packed)
+            return packed["kernel"], report
+
+        def from_inputs(bits=bits):
+            return reference(weights, x.T @ x, bits)
+
+        def with_error(from_inputs=from_inputs):
+            w, codes = from_inputs()
+            left, whole = np.square(x @ (weights - w)), np.square(x @ weights)
+            return codes, left.sum() / whole.sum()
+
+        first = one_shot.first_call(lambda ours=ours: ours(errors=False)[0].codes)
+        runs = {
+            "jopt": lambda ours=ours: ours(errors=False)[0].codes,
+            "jopt with errors": lambda ours=ours: ours()[0].codes,
+            "numpy": lambda f=from_inputs: f()[1],
+            "numpy with errors": lambda f=with_error: f()[0],
+        }
+        if has_peer:
+            theirs = peer(weights, gram, bits)
+            runs["llm-compressor"] = lambda theirs=theirs: (x.T @ x, theirs())
+        seconds = measure.alternate(runs, rounds=args.rounds, warmup=1)
+        right, codes = reference(weights, gram, bits, np.float64)
+        packed, report = ours()
+        again = jopt.dequantize(packed)
+        differ = np.asarray(codes_of(packed)) != codes
+        simple = jopt.dequantize(jopt.quantize(params["kernel"], spec))
+        same = ~differ.any(axis=0)
+        row = {
+            "seconds": seconds,
+            "faster": seconds["numpy"] / seconds["jopt"],
+            "faster_with_errors": seconds["numpy with errors"]
+            / seconds["jopt with errors"],
+            "first_call_seconds": first,
+            "codes_that_differ": int(differ.sum()),
+            "of": int(differ.size),
+            "outputs_with_the_same_codes": int(same.sum()),
+            "numpy_float32_codes_that_differ": int(
+                (reference(weights, gram, bits)[1] != codes).sum()
+            ),
+            "error": lost(weights, again, gram),
+            "error_in_the_report": report["kernel"].error,
+            "error_of_float64": lost(weights, right, gram),
+            "error_of_rounding": lost(weights, simple, gram),
+        }
+        if has_peer:
+            row["over_llm_compressor"] = seconds["llm-compressor"] / seconds["jopt"]
+            row["error_of_llm_compressor"] = lost(weights, theirs(), gram)
+            zero_points = peer(weights, gram, bits, symmetric=False)
+            row["asymmetric"] = {"llm-compressor": lost(weights, zero_points(), gram)}
+            asymmetric = dataclasses.replace(spec, symmetric=False)
+            for order in (False, True):
+                found = ours(asymmetric, activation_order=order)[0].to_array()
+                name = "jopt in activation order" if order else "jopt"
+                row["asymmetric"][name] = lost(weights, found, gram)
+        rows[spec.format.name] = row
+        print(spec, row, flush=True)
+    measure.write({"size": args.size, "group": GROUP, "rows": rows}, args.out)
+
+
+def codes_of(packed):
+    """Return the codes one by one."""
+    scale = np.repeat(np.asarray(packed.scale, np.float32), GROUP, axis=0)
+    return np.rint(np.asarray(packed.to_array()) / scale)
+
+
+if __name__ == "__main__":
+    main()
