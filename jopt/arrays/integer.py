@@ -30,7 +30,7 @@ from jax import lax
 from jopt.arrays.axes import is_explicit, split_axis
 
 _ROWS, _PARTS, _TERMS = 2, 16, 64  # more rows, more parts, shorter ones: slower
-_EXACT_TERMS = 2**24 // 127**2  # float32 adds so many products of codes exactly
+_EXACT_TERMS = 2**24 // 128**2  # float32 adds so many products of codes exactly
 _FEW_OUTPUTS, _FEW_INPUTS = 16, 8  # a convolution of so few is faster as a dot
 
 

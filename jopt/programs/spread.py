@@ -6,9 +6,10 @@ what is known of its inputs is on every device. Meshes are taken as automatic on
 explicit one would have every operation say what the compiler is told here once.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +28,17 @@ def as_automatic(x: Any) -> jax.Array:
     return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
 
 
+@contextlib.contextmanager
+def automatic() -> Iterator[None]:
+    """Compute on the automatic twin of the mesh that the caller has set, if any."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        yield
+        return
+    with jax.set_mesh(_automatic(mesh)):
+        yield
+
+
 def on_every_device(x: jax.Array) -> jax.Array:
     """Give every device of an array's mesh the whole of it."""
     sharding = x.sharding
@@ -34,6 +46,15 @@ def on_every_device(x: jax.Array) -> jax.Array:
         return x
     whole = PartitionSpec()  # type: ignore[no-untyped-call]
     return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), whole))
+
+
+def beside(x: jax.Array, leaf: Any) -> jax.Array:
+    """Give every device of the mesh of a leaf the whole of an array."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return x
+    whole = PartitionSpec()  # type: ignore[no-untyped-call]
+    return jax.device_put(x, NamedSharding(sharding.mesh, whole))
 
 
 def by_outputs(leaf: jax.Array, layout: Layout) -> NamedSharding | None:
@@ -58,10 +79,13 @@ def by_outputs(leaf: jax.Array, layout: Layout) -> NamedSharding | None:
 
 
 def placed_as(x: jax.Array, like: Any) -> jax.Array:
-    """Put an array where another one lies."""
+    """Put an array where another one lies, on the mesh that is set if nowhere."""
     if getattr(like, "committed", False):
         return jax.device_put(x, like.sharding)
-    return x
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return x
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))  # type: ignore[no-untyped-call]
 
 
 def _automatic(mesh: Any) -> Mesh:

@@ -7,6 +7,9 @@ matrices. What is left alone is never skipped in silence: it is listed with the 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jopt.programs.handlers import is_compressed
 from jopt.programs.layouts import Layout
 from jopt.programs.operations import Site
@@ -154,3 +157,26 @@ def _of_leaf(
         Target(group[0][0].name, path, i, found, tuple(group), goal)
         for found, group in groups.items()
     ]
+
+
+def require_finite(targets: Sequence[Target], leaves: Sequence[Any]) -> None:
+    """Raise for weights that no score and no grid can order.
+
+    Args:
+        targets: what is worked on.
+        leaves: of the params.
+
+    Raises:
+        ValueError: a leaf holds NaN or infinity.
+    """
+    for target in targets:
+        if not _is_finite(leaves[target.leaf]):
+            raise ValueError(
+                f"params must be finite, got NaN or infinity in {target.path!r}; "
+                "repair it, or leave it out with select"
+            )
+
+
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()

@@ -13,8 +13,8 @@ from jopt.programs import passes
 from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
-from jopt.programs.spread import as_automatic, on_every_device, read
-from jopt.programs.targets import Target
+from jopt.programs.spread import as_automatic, automatic, on_every_device, read
+from jopt.programs.targets import Target, require_finite
 from jopt.pruning import removal
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.one_shot_report import LayerRow, OneShotReport
@@ -48,6 +48,7 @@ class _Work:
         self.dense: list[Any]
         self.treedef: Any
         self.dense, self.treedef = jax.tree.flatten(params)
+        require_finite(targets, self.dense)
         self.leaves = list(self.dense)
         self.masks: dict[int, jax.Array] = {}
 
@@ -223,6 +224,7 @@ def _squares_of(
     return [jnp.diagonal(gram, axis1=-2, axis2=-1) for gram in every]
 
 
+@automatic()
 def _shares(
     budget: tuple[Allocation, float], work: _Work, squares: Sequence[jax.Array]
 ) -> list[np.ndarray[Any, Any]]:

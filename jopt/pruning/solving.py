@@ -22,6 +22,7 @@ from jopt.programs.layouts import Layout
 from jopt.programs.passes import Moments, is_met
 from jopt.programs.spread import (
     as_automatic,
+    automatic,
     by_outputs,
     constrain,
     each,
@@ -125,6 +126,7 @@ def _prepare(gram: jax.Array, method: Method) -> jax.Array:
     return method.prepare(gram, **dict(method.options))
 
 
+@automatic()
 def prepare(moments: jax.Array, *, method: Method) -> Inputs:
     """Get ready what the matrices that read one input share.
 
@@ -172,22 +174,23 @@ def prune_layer(
         The leaf and its mask, where the leaf lay, and the facts. Both are as they were
         where the inputs are not finite, met something else, or nothing.
     """
-    whole = as_automatic(leaf)
-    run = _in_place if is_own else _anew
-    pruned, kept, facts = run(
-        whole,
-        None if mask is None else as_automatic(mask),
-        inputs,
-        on_every_device(seen),
-        layer,
-        sparsity,
-        layout=target.layout,
-        goal=target.goal,
-        method=method,
-        with_errors=errors,
-        split=by_outputs(whole, target.layout),
-        back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
-    )
+    with automatic():
+        whole = as_automatic(leaf)
+        run = _in_place if is_own else _anew
+        pruned, kept, facts = run(
+            whole,
+            None if mask is None else as_automatic(mask),
+            inputs,
+            on_every_device(seen),
+            layer,
+            sparsity,
+            layout=target.layout,
+            goal=target.goal,
+            method=method,
+            with_errors=errors,
+            split=by_outputs(whole, target.layout),
+            back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
+        )
     return placed_as(pruned, leaf), placed_as(kept, leaf), jax.device_get(facts)
 
 

@@ -25,6 +25,7 @@ from jopt.programs.layouts import Layout
 from jopt.programs.passes import Moments, is_met
 from jopt.programs.spread import (
     as_automatic,
+    automatic,
     by_outputs,
     constrain,
     each,
@@ -121,6 +122,7 @@ def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
     return Inputs(each(functools.partial(method.prepare, **options), gram), squares)
 
 
+@automatic()
 def prepare(moments: jax.Array, *, method: Method) -> Inputs:
     """Get ready what the matrices that read one input share.
 
@@ -170,22 +172,23 @@ def quantize_layer(
         reached are rounded to nearest; all of them, where the inputs are not finite or
         met something else.
     """
-    whole = as_automatic(leaf)
-    run = _in_place if is_own else _anew
-    solved, now, new, facts = run(
-        whole,
-        None if codes is None else as_automatic(codes),
-        jax.tree.map(on_every_device, static),
-        inputs,
-        on_every_device(seen),
-        layer,
-        layout=target.layout,
-        spec=target.goal,
-        method=method,
-        with_errors=errors,
-        split=by_outputs(whole, target.layout),
-        back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
-    )
+    with automatic():
+        whole = as_automatic(leaf)
+        run = _in_place if is_own else _anew
+        solved, now, new, facts = run(
+            whole,
+            None if codes is None else as_automatic(codes),
+            jax.tree.map(on_every_device, static),
+            inputs,
+            on_every_device(seen),
+            layer,
+            layout=target.layout,
+            spec=target.goal,
+            method=method,
+            with_errors=errors,
+            split=by_outputs(whole, target.layout),
+            back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
+        )
     found = placed_as(now, leaf), placed_as(new, leaf)
     return *found, solved, jax.device_get(facts)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
@@ -15,7 +14,8 @@ from jopt.programs import flags, passes, sites
 from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
 from jopt.programs.record import inputs_of, require_batches, track
 from jopt.programs.sites import SiteTable
-from jopt.programs.targets import Target, find_targets
+from jopt.programs.spread import automatic, beside, on_every_device
+from jopt.programs.targets import Target, find_targets, require_finite
 from jopt.quantization.layer_report import (
     QuantizationReport,
     QuantizedRow,
@@ -62,15 +62,8 @@ class _Work:
         self.dense, self.treedef = jax.tree.flatten(params)
         self.leaves = list(self.dense)
         self.codes: dict[int, jax.Array] = {}
+        require_finite(targets, self.dense)
         self.static = {t.leaf: _scale_of(self.dense[t.leaf], t.goal) for t in targets}
-        for target in targets:
-            step = self.static[target.leaf].scale
-            if not jnp.isfinite(step.astype(jnp.float32)).all():
-                raise ValueError(
-                    "params must be finite where they are quantized, got NaN or "
-                    f"infinity in {target.path!r}; repair it, or leave it out with "
-                    "select"
-                )
 
     @property
     def params(self) -> Any:
@@ -129,22 +122,27 @@ class _Work:
 
     def pack(self, at: int) -> QuantizedArray:
         """Put codes and scales of a leaf together."""
-        leaf, scale, input_scale = self.dense[at], self.static[at], None
+        leaf, input_scale = self.dense[at], None
+        scale = jax.tree.map(on_every_device, self.static[at])
         spec = next(t.goal for t in self.targets if t.leaf == at)
         for i, target in enumerate(self.targets):
             found = {k: s for (j, k), s in self.solved.items() if j == i}
             if target.leaf != at or not found:
                 continue
             own = {layer: solved.scale for layer, solved in found.items()}
-            scale = _joined(scale, own, leaf.shape, target.layout, spec)
             by_input = {
                 layer: solved.input_scale
                 for layer, solved in found.items()
                 if solved.input_scale is not None
             }
-            if by_input:
-                more = _joined_inputs(by_input, leaf.shape, target.layout)
-                input_scale = more if input_scale is None else input_scale * more
+            with automatic():
+                scale = _joined(scale, own, leaf.shape, target.layout, spec)
+                if by_input:
+                    more = _joined_inputs(by_input, leaf.shape, target.layout)
+                    input_scale = more if input_scale is None else input_scale * more
+        scale, input_scale = jax.tree.map(
+            lambda x: beside(x, leaf), (scale, input_scale)
+        )
         return from_codes(
             self.codes[at], scale, spec, leaf.dtype, input_scale=input_scale
         )

@@ -567,3 +567,28 @@ def test_wrong_arguments_raise_at_once():
     for in_order in (True, False):
         with pytest.raises(ValueError, match=r"must be finite.*'up'"):
             go(sparsity=0.5, error_propagation=in_order)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_under_a_set_explicit_mesh_it_is_as_without(placed):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    params, x = {"w": jnp.asarray(draw(8, 16))}, jnp.asarray(draw(24, 8, seed=1))
+    apply = lambda params, x: x @ params["w"]  # noqa: E731
+    options = {"allocation": jopt.allocation.owl(), "error_propagation": False}
+    _, expected, _ = prune("wanda", apply, params, [x], **options)
+    where = NamedSharding(mesh, P(None, "data"))
+    with jax.set_mesh(mesh):
+        given = jax.device_put(params, where) if placed else params
+        _, masks, report = prune("wanda", apply, given, [x], **options)
+    np.testing.assert_array_equal(masks["w"], expected["w"])
+    assert 0 < report["w"].error < 1
+    if placed:
+        assert masks["w"].sharding == where
+
+
+@every_method
+def test_weights_that_are_no_numbers_raise(name):
+    params = mlp_params()
+    params["down"][1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"params must be finite.*'down'"):
+        prune(name, mlp, params, [draw(20, 6, seed=3)])

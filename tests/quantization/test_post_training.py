@@ -334,6 +334,20 @@ def test_on_a_mesh_the_codes_are_those_of_one_device(kind):
     close([r.error for r in report], [r.error for r in rows], rtol=1e-3)
 
 
+def test_under_a_set_explicit_mesh_it_is_as_without():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    params, x = {"w": jnp.asarray(draw(8, 16))}, jnp.asarray(draw(24, 8, seed=1))
+    apply = lambda params, x: x @ params["w"]  # noqa: E731
+    spec = jopt.QuantSpec(F.int4, group_size=4)
+    expected, _ = run("gptq", apply, params, [x], spec)
+    where = NamedSharding(mesh, P(None, "data"))
+    with jax.set_mesh(mesh):
+        packed, _ = run("gptq", apply, jax.device_put(params, where), [x], spec)
+        assert packed["w"].to_array().shape == (8, 16)
+    np.testing.assert_array_equal(packed["w"].codes, expected["w"].codes)
+    assert packed["w"].codes.sharding == where
+
+
 def test_wrong_arguments_raise_at_once():
     params, x = mlp_params(), draw(20, 6, seed=3)
 
