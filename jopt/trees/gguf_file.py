@@ -110,8 +110,9 @@ def _import_gguf() -> Any:
         ) from error
 
 
-def _abstract(tensor: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(map(int, tensor.shape[::-1])), jnp.float32)
+def _abstract(tensor: Any) -> Any:
+    shape = tuple(map(int, tensor.shape[::-1]))
+    return jax.eval_shape(lambda: jnp.empty(shape, jnp.float32))
 
 
 def _check_types(tensors: Mapping[str, Any]) -> None:

@@ -146,7 +146,8 @@ def decompress(tensors, module, weights, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "order"), [(np.float32, "kn"), (ml_dtypes.bfloat16, "nk")]
+    ("dtype", "order"),
+    [(np.float32, "kn"), (ml_dtypes.bfloat16, "nk"), (np.float16, "nk")],
 )
 @pytest.mark.parametrize("name", SPECS)
 def test_written_weights_decode_to_the_same_numbers(tmp_path, name, dtype, order):
@@ -156,13 +157,25 @@ def test_written_weights_decode_to_the_same_numbers(tmp_path, name, dtype, order
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     weights = config["config_groups"]["group_0"]["weights"]
     wanted = np.asarray(jopt.dequantize(q))
-    # bfloat16 does not hold float32 scales, so there they stay float32.
+    # Half precision does not hold float32 scales, so there they stay float32.
     exact = dtype == np.float32 or name != "float32"
     found = decompress(tensors, "up", weights, dtype if exact else np.float32)
     assert np.array_equal(as_bits(found.T.astype(dtype)), as_bits(wanted))
     back, _ = jopt.read_compressed_tensors(tmp_path, transposed=jopt.matching("up.*"))
     back = jopt.dequantize(back["up.weight"]).astype(dtype)
     assert np.array_equal(as_bits(back), as_bits(wanted))
+
+
+def test_float16_beyond_its_range_is_infinite_there(tmp_path):
+    q = jopt.quantize(np.full((32, 2), 65504, np.float16), SPECS["int8_channel"])
+    q = dataclasses.replace(q, scale=q.scale * 2)
+    jopt.write_compressed_tensors(tmp_path, {"up": q})
+    tensors, _ = container.read_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    weights = config["config_groups"]["group_0"]["weights"]
+    with np.errstate(over="ignore"):
+        found = decompress(tensors, "up", weights, np.float16)
+    assert np.all(np.isinf(found)) and float(jopt.dequantize(q).max()) == 65504
 
 
 def test_a_model_goes_out_and_runs_when_it_is_back(tmp_path):
