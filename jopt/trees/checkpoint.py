@@ -73,6 +73,10 @@ def save(
     ...     save(path, {"w": jnp.arange(3), "epoch": 7}, step=2)
     ...     steps(path), restore(path)
     ([2], {'w': Array([0, 1, 2], dtype=int32), 'epoch': 7})
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(f"{path}/model.safetensors", {"w": jnp.arange(3)})
+    ...     restore(f"{path}/model.safetensors")
+    {'w': Array([0, 1, 2], dtype=int32)}
     """
     own = _checked_metadata(metadata)
     if single_file.is_single_file(path):

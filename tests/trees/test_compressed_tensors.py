@@ -396,7 +396,7 @@ def test_several_files_and_missing_ones(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_the_package_reads_it_to_the_same_numbers(tmp_path, name, dtype):
     compressors = pytest.importorskip("compressed_tensors.compressors")
     from compressed_tensors.quantization import QuantizationConfig
