@@ -10,7 +10,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
                   formats, QuantSpec, QuantizedArray, CompressedArray
-    many leaves   matching, report, save, restore, steps, read_metadata
+    many leaves   matching, report, save, restore, steps, read_metadata;
+                  read_gguf, read_compressed_tensors, write_compressed_tensors
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
                   proximal_maps, quantize_weights, get_masks, apply_masks,
                   update_masks, get_scales; scores and allocation to choose from
@@ -87,6 +88,13 @@ from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore
 from jopt.trees.checkpoint import save as save
 from jopt.trees.checkpoint import steps as steps
+from jopt.trees.compressed_tensors import (
+    read_compressed_tensors as read_compressed_tensors,
+)
+from jopt.trees.compressed_tensors import (
+    write_compressed_tensors as write_compressed_tensors,
+)
+from jopt.trees.gguf_file import read_gguf as read_gguf
 from jopt.trees.manifest import CheckpointError as CheckpointError
 from jopt.trees.report import report as report
 from jopt.trees.rules import matching as matching

@@ -1,5 +1,8 @@
 """Checkpoints that never hand back wrong values: Orbax, and a checksum on everything.
 
+A path that ends in '.safetensors' is one file for one tree, see `single_file`; any
+other is a directory of steps:
+
     path/3/            one directory per step
         manifest.json.gz   structure, a checksum per leaf, a checksum per file
         (other files)      the arrays, as Orbax stores them, compressed with zstd
@@ -25,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jopt.trees import manifest, storage, structure
+from jopt.trees import manifest, single_file, storage, structure
 from jopt.trees.manifest import CheckpointError
 
 _NAME = re.compile(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?")
@@ -42,23 +45,26 @@ def save(
     metadata: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a tree as one step of the checkpoints in a directory.
+    """Save a tree as one step of the checkpoints in a directory, or as one file.
 
-    All is on disk when it returns. A damaged step of the same number is replaced.
+    All is on disk when it returns. A damaged step of the same number is replaced. Where
+    the path ends in '.safetensors' it is one file for one tree, packed as in memory and
+    readable without this library; docs/safetensors.md specifies it.
 
     Args:
-        path: the directory of all steps; it is made if need be.
+        path: the directory of all steps, or the file; it is made if need be.
         tree: any pytree of JAX and NumPy arrays, PRNG keys, quantized arrays, numbers,
-            strings, bytes and None. Sharded arrays are written shard by shard.
-        step: the number of the step, 0 when None.
+            strings, bytes and None. Sharded arrays are written shard by shard, into a
+            file in one piece each.
+        step: the number of the step, 0 when None; a file has none.
         max_to_keep: how many steps stay; the oldest others are deleted, never the one
             just saved. None keeps all.
         metadata: JSON content of the caller's own, see `read_metadata`.
-        overwrite: replace an intact step of the same number.
+        overwrite: replace an intact step of the same number, or the file.
 
     Raises:
-        ValueError: the step exists and is intact, a number is out of range, or there is
-            more than one process.
+        ValueError: the step exists and is intact, the file exists, a number is out of
+            range or given for a file, or there is more than one process.
         TypeError: a leaf is of a type that cannot be saved, or metadata is not JSON.
 
     >>> import tempfile
@@ -67,14 +73,18 @@ def save(
     ...     save(path, {"w": jnp.arange(3), "epoch": 7}, step=2)
     ...     steps(path), restore(path)
     ([2], {'w': Array([0, 1, 2], dtype=int32), 'epoch': 7})
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(f"{path}/model.safetensors", {"w": jnp.arange(3)})
+    ...     restore(f"{path}/model.safetensors")
+    {'w': Array([0, 1, 2], dtype=int32)}
     """
+    own = _checked_metadata(metadata)
+    if single_file.is_single_file(path):
+        _refuse_steps(path, step=step, max_to_keep=max_to_keep)
+        return single_file.save(path, tree, metadata=own, overwrite=overwrite)
     root, number = _root(path), 0 if step is None else step
     _check_numbers(number, max_to_keep)
     node, leaves = structure.encode(tree)
-    try:
-        own = json.loads(json.dumps(metadata or {}))
-    except TypeError as error:
-        raise TypeError(f"metadata must be JSON, got {metadata!r}; {error}") from error
     content = {"tree": node, "metadata": own}
     root.mkdir(parents=True, exist_ok=True)
     older = [version for version in _versions(root) if version.step == number]
@@ -102,7 +112,7 @@ def restore(
     step: int | None = None,
     with_metadata: bool = False,
 ) -> Any:
-    """Restore the newest intact step, or the one asked for.
+    """Restore the newest intact step, or the one asked for, or a file.
 
     Dicts, lists, tuples, numbers, strings, keys, arrays and quantized arrays need no
     template. Each leaf comes back with its dtype and bits: JAX arrays on the sharding
@@ -110,7 +120,7 @@ def restore(
     as NumPy arrays.
 
     Args:
-        path: the directory of all steps.
+        path: the directory of all steps, or a file that ends in '.safetensors'.
         like: a tree of the structure that was saved, for one with NamedTuples
             (optimizer states), NNX states or Equinox modules, or to place leaves:
             arrays or `jax.ShapeDtypeStruct`s, whose shardings are followed. Numbers and
@@ -123,8 +133,9 @@ def restore(
         The tree, or (tree, metadata).
 
     Raises:
-        FileNotFoundError: there is no such step, or none at all.
-        CheckpointError: a `ValueError`: the step asked for is damaged, or all are.
+        FileNotFoundError: there is no such step or file, or none at all.
+        CheckpointError: a `ValueError`: the step asked for is damaged, or all are, or
+            the file is.
         ValueError: `like` is needed, or differs in structure, shape or dtype.
 
     Warns:
@@ -138,6 +149,10 @@ def restore(
     ...     restore(path, like=state)[0].trace
     {'w': Array([0., 0.], dtype=float32)}
     """
+    if single_file.is_single_file(path):
+        _refuse_steps(path, step=step)
+        tree, metadata = single_file.restore(path, like=like)
+        return (tree, metadata) if with_metadata else tree
     damage = []
     for version in _wanted(_root(path), step):
         try:
@@ -173,28 +188,36 @@ def steps(path: str | pathlib.Path) -> list[int]:
     >>> steps("no/such/directory")
     []
     """
+    if single_file.is_single_file(path):
+        raise ValueError(
+            f"path must be a directory of steps, got the file {str(path)!r}; "
+            "jopt.restore reads it"
+        )
     return sorted({version.step for version in _versions(_root(path))})
 
 
 def read_metadata(
     path: str | pathlib.Path, *, step: int | None = None
 ) -> dict[str, Any]:
-    """Read the metadata of a step, without reading its arrays.
+    """Read the metadata of a step or a file, without reading its arrays.
 
     The newest step may turn out to be damaged: `restore(..., with_metadata=True)` gives
     the metadata of the step that it restored.
 
     Args:
-        path: the directory of all steps.
+        path: the directory of all steps, or a file that ends in '.safetensors'.
         step: the number of the step; None for the newest.
 
     Returns:
         What `save` got as `metadata`.
 
     Raises:
-        FileNotFoundError: there is no such step, or none at all.
+        FileNotFoundError: there is no such step or file, or none at all.
         CheckpointError: the manifest is damaged.
     """
+    if single_file.is_single_file(path):
+        _refuse_steps(path, step=step)
+        return single_file.read_metadata(path)
     return _metadata(_wanted(_root(path), step)[0])
 
 
@@ -241,19 +264,7 @@ def _load(version: _Version, like: Any) -> Any:
     content = manifest.read(version.directory)
     manifest.check_files(version.directory, content)
     node, rows = content["tree"], content["leaves"]
-    if like is None:
-        what = structure.needs_like(node)
-        if what is not None:
-            raise ValueError(
-                f"like must be given to restore {what}, got None; "
-                "pass a tree like the one saved"
-            )
-        places = [storage.place_of(row) for row in rows]
-    else:
-        like_node, like_leaves = structure.encode(like)
-        saved = [storage.leaf_of(row) for row in rows]
-        matched = structure.match_like(node, saved, like_node, like_leaves)
-        places = list(map(storage.place_like, rows, matched))
+    places = storage.find_places(node, rows, like)
     arrays = _read(version.directory, storage.requests(rows, places))
     values = storage.unpack(rows, places, arrays)
     return structure.decode(node, values, like=like)
@@ -355,8 +366,25 @@ def _check_numbers(step: int, max_to_keep: int | None) -> None:
         )
     if max_to_keep is not None and max_to_keep < 1:
         raise ValueError(f"max_to_keep must be at least 1 or None, got {max_to_keep}")
+
+
+def _refuse_steps(path: str | pathlib.Path, **numbers: int | None) -> None:
+    given = [name for name, number in numbers.items() if number is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} must be left out for one file, which has no steps, got "
+            f"{numbers[given[0]]!r} for {str(path)!r}; give a directory as path"
+        )
+
+
+def _checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """Check what any way of saving needs, and return metadata as JSON has it."""
     if jax.process_count() > 1:
         raise ValueError(
             f"save must run in one process, got {jax.process_count()}; "
             "gather the tree in one and save it there"
         )
+    try:
+        return dict(json.loads(json.dumps(metadata or {})))
+    except TypeError as error:
+        raise TypeError(f"metadata must be JSON, got {metadata!r}; {error}") from error

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.trees import manifest, placement
+from jopt.trees import manifest, placement, structure
 from jopt.trees.manifest import CheckpointError
-from jopt.trees.structure import Kind, Leaf
+from jopt.trees.structure import Kind, Leaf, Node
 
 SMALL = "small leaves"
 SMALL_BYTES = 1 << 16
@@ -59,7 +59,8 @@ def pack(leaves: Sequence[Leaf]) -> tuple[list[Row], dict[str, Any]]:
     small: list[np.ndarray[Any, Any]] = []
     offset = 0
     for leaf in leaves:
-        row, stored = _describe(leaf)
+        row, stored = describe(leaf)
+        _add_checksums(row, stored)
         if stored.nbytes < SMALL_BYTES:
             small.append(manifest.canonical_bytes(stored))
             row["offset"] = offset
@@ -124,7 +125,36 @@ def unpack(
     ]
     if damaged:
         raise CheckpointError(", ".join(damaged))
-    return [_finish(*parts) for parts in zip(rows, places, stored, strict=True)]
+    return [finish(*parts) for parts in zip(rows, places, stored, strict=True)]
+
+
+def find_places(node: Node, rows: Sequence[Row], like: Any) -> list[Place]:
+    """Find what each leaf of a saved tree is to be, and where.
+
+    Args:
+        node: the saved structure.
+        rows: a row per leaf; checksums are not looked at.
+        like: the template, or None.
+
+    Returns:
+        One place per row.
+
+    Raises:
+        ValueError: a template is needed, or does not fit, or JAX is set to hold no
+            arrays of a dtype.
+    """
+    if like is None:
+        what = structure.needs_like(node)
+        if what is not None:
+            raise ValueError(
+                f"like must be given to restore {what}, got None; "
+                "pass a tree like the one saved"
+            )
+        return [place_of(row) for row in rows]
+    like_node, like_leaves = structure.encode(like)
+    saved = [leaf_of(row) for row in rows]
+    matched = structure.match_like(node, saved, like_node, like_leaves)
+    return list(map(place_like, rows, matched))
 
 
 def leaf_of(row: Row) -> Leaf:
@@ -167,8 +197,19 @@ def _checked(row: Row, place: Place) -> Place:
     return place
 
 
-def _describe(leaf: Leaf) -> tuple[Row, Any]:
-    """Write the row of a leaf and find the array to store for it."""
+def describe(leaf: Leaf) -> tuple[Row, Any]:
+    """Write the row of a leaf, without checksums, and find the array to store for it.
+
+    Args:
+        leaf: what `structure.encode` listed.
+
+    Returns:
+        The row, and a NumPy array or, where it is large and lies partitioned over
+        devices, the JAX array itself.
+
+    Raises:
+        TypeError: it has no value.
+    """
     value = leaf.value
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError(
@@ -193,7 +234,6 @@ def _describe(leaf: Leaf) -> tuple[Row, Any]:
         split = placement.is_partitioned(value.sharding)
         if not split or value.nbytes < SMALL_BYTES:
             value = np.asarray(value)
-    _add_checksums(row, value)
     return row, value
 
 
@@ -245,8 +285,17 @@ def _is_intact(row: Row, stored: Any) -> bool:
     )
 
 
-def _finish(row: Row, place: Place, stored: Any) -> Any:
-    """Make the leaf of its verified elements."""
+def finish(row: Row, place: Place, stored: Any) -> Any:
+    """Make a leaf of its verified elements.
+
+    Args:
+        row: its row.
+        place: what it is to be, and where.
+        stored: its elements, of the dtype of the row or widened to bytes.
+
+    Returns:
+        A JAX or NumPy array, or PRNG keys.
+    """
     if place.kind == "key":
         value = jax.random.wrap_key_data(jnp.array(stored), impl=row["impl"])
     elif place.kind == "numpy":

@@ -139,7 +139,7 @@ def needs_like(node: Node, path: str = "") -> str | None:
         if kind in node:
             what = f"{kind} {node[kind]}" if kind == "function" else node[kind]
             return f"the {what} at {path!r}"
-    found = (needs_like(child, _join(path, key)) for key, child in _items(node))
+    found = (needs_like(child, join(path, key)) for key, child in _items(node))
     return next((what for what in found if what is not None), None)
 
 
@@ -181,7 +181,7 @@ def _encode(value: Any, path: str, leaves: list[Leaf]) -> Node:
         leaves.append(_leaf(value, path))
         return {"leaf": len(leaves) - 1}
     if kind in (list, tuple):
-        parts = [_encode(v, _join(path, i), leaves) for i, v in enumerate(value)]
+        parts = [_encode(v, join(path, i), leaves) for i, v in enumerate(value)]
         return {kind.__name__: parts}
     if kind is dict:
         return _encode_keyed({"dict": list(value)}, value.items(), path, leaves)
@@ -212,7 +212,7 @@ def _encode_keyed(
                 f"tree must have str or int dict keys, got {key!r} at {path!r}; "
                 "use str(key)"
             )
-        nodes.append(_encode(value, _join(path, key), leaves))
+        nodes.append(_encode(value, join(path, key), leaves))
     return {**head, "nodes": nodes}
 
 
@@ -300,7 +300,7 @@ def _match(
         )
     for key, child in children.items():
         deeper = exact or kind in TYPES
-        below = _join(path, key)
+        below = join(path, key)
         _match(child, leaves, others[key], like_leaves, matched, below, exact=deeper)
 
 
@@ -357,7 +357,8 @@ def _fields(kind: type) -> list[str]:
     return list(getattr(kind, "_fields", ()))
 
 
-def _join(path: str, key: Any) -> str:
+def join(path: str, key: Any) -> str:
+    """Return the path of a child; a key that is None adds nothing."""
     if key is None:
         return path
     return f"{path}/{key}" if path else str(key)
