@@ -12,8 +12,9 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   formats, QuantSpec, QuantizedArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
-                  proximal_maps, quantize_weights, get_masks, apply_masks,
-                  update_masks, get_scales; scores and allocation to choose from
+                  proximal_maps, quantize_weights with projections and rounding, freeze,
+                  get_masks, apply_masks, update_masks, get_scales; scores and
+                  allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
@@ -25,6 +26,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 from jopt import distillation as distillation
 from jopt import schedules as schedules
 from jopt.arrays import formats as formats
+from jopt.arrays import rounding as rounding
 from jopt.arrays.compressed import CompressedArray as CompressedArray
 from jopt.arrays.packing import pack_mask as pack_mask
 from jopt.arrays.packing import unpack_mask as unpack_mask
@@ -75,8 +77,10 @@ from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
+from jopt.quantization import freeze as freeze
 from jopt.quantization import get_scales as get_scales
 from jopt.quantization import observers as observers
+from jopt.quantization import projections as projections
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.trees.calibration import Calibration as Calibration
