@@ -12,8 +12,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   formats, QuantSpec, QuantizedArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
-                  proximal_maps, quantize_weights with projections and rounding, freeze,
-                  get_masks, apply_masks, update_masks, get_scales; scores and
+                  proximal_maps, quantize_weights with projections and rounding, dorefa,
+                  freeze, get_masks, apply_masks, update_masks, get_scales; scores and
                   allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
@@ -74,6 +74,7 @@ from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import calibrate as calibrate
+from jopt.quantization import dorefa as dorefa
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm

@@ -113,6 +113,7 @@ WRAPPERS = {
         begin_step=1,
     ),
     "quantize_damped": snapped(INT8, scales="static", damping=0.1),
+    "dorefa": lambda inner: jopt.dorefa(inner, 2, begin_step=1),
     "freeze": lambda inner: jopt.freeze(
         inner, fraction=optax.piecewise_constant_schedule(0.25, {2: 2.0})
     ),

@@ -3,9 +3,9 @@
 Reading order: `roles` and `specs` (which leaf gets which spec), `state` (what training
 on the grid remembers), `grids`, `oscillations` and `projections` (how latents land on
 the grid), `freezing` (which of them stay), `learned` (gradients of a clipped grid and
-of its scale), `snapping` and `weights` (training on the grid), `conversion` (float
-trees to quantized trees), `operands` (what is rounded at a site), `observers` and
-`calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and `fake`
+of its scale), `snapping` and `weights` (training on the grid), `dorefa`, `conversion`
+(float trees to quantized trees), `operands` (what is rounded at a site), `observers`
+and `calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and `fake`
 (quantization-aware functions), `products`, `microscaled` and `execute` (codes times
 codes), `folding` (norms into weights). One array's formats and steps are in
 `jopt.arrays`.
@@ -13,6 +13,7 @@ codes), `folding` (norms into weights). One array's formats and steps are in
 
 from jopt.quantization.calibration import calibrate as calibrate
 from jopt.quantization.conversion import quantize as quantize
+from jopt.quantization.dorefa import dorefa as dorefa
 from jopt.quantization.execute import execute as execute
 from jopt.quantization.fake import fake_quantize as fake_quantize
 from jopt.quantization.folding import fold_batch_norm as fold_batch_norm

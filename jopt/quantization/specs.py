@@ -206,3 +206,34 @@ def check_trainable(specs: Any, *, learned: bool, bits: Any) -> None:
                 f"bits_schedule needs an integer format for {path!r}, got {spec}; "
                 "give this leaf an integer format or no schedule"
             )
+
+
+def require_zeros(inner_state: Any, specs: Any) -> None:
+    """Raise if weights are pruned and then snapped to a grid without a zero.
+
+    Masks are found by the name of their field, whichever wrapper keeps them.
+
+    Args:
+        inner_state: of the transformation that steps latents.
+        specs: tree of specs, `optax.MaskedNode()` where nothing is quantized.
+
+    Raises:
+        ValueError: a leaf has a mask and a format without a zero.
+    """
+    without = {
+        path: spec
+        for path, spec in paths.leaves_with_path(specs)
+        if isinstance(spec, QuantSpec)
+        and spec.format.kind == "codebook"
+        and 0.0 not in spec.format.values
+    }
+    if not without:
+        return
+    for _, masks in optax.tree.get_all_with_path(inner_state, "masks"):
+        for path, _ in paths.leaves_with_path(masks):
+            if path in without:
+                raise ValueError(
+                    f"spec_or_rules must give a format with a zero to {path!r}, whose "
+                    f"weights are pruned inside, got {without[path]}, which has no zero"
+                    "; take jopt.formats.ternary"
+                )

@@ -43,7 +43,12 @@ from jopt.quantization.snapping import (
     is_zero,
     snap,
 )
-from jopt.quantization.specs import SpecOrRules, check_trainable, resolve_specs
+from jopt.quantization.specs import (
+    SpecOrRules,
+    check_trainable,
+    require_zeros,
+    resolve_specs,
+)
 from jopt.quantization.state import scale_tree
 from jopt.trees import paths, rules
 from jopt.updates.project import (
@@ -114,8 +119,9 @@ def quantize_weights(
             are asked of an asymmetric or microscaling format, `bits_schedule` of a
             format that is not an integer, learned scales beside rounding or a
             projection that leave the nearest level, stochastic rounding without a key,
-            or scales other than "current" are to be measured at once on a leaf of zeros
-            (seen unless `init` is traced).
+            a format without a zero of a leaf that is pruned inside, scales other than
+            "static" of weights that are frozen, or scales other than "current" are to
+            be measured at once on a leaf of zeros (seen unless `init` is traced).
 
     References:
         Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned
@@ -198,6 +204,7 @@ def quantize_weights(
             _require_ranges(params, chosen, scales)
         state: ProjectState = tx.init(params)
         require_still_scales(state.inner_state, specs, scales)
+        require_zeros(state.inner_state, specs)
         return state
 
     def update(
