@@ -172,8 +172,9 @@ def with_exhaustive(names, always=()):
     ]
 
 
-# Wrappers that add up weights, which on a mesh are added in another order.
-ROUNDED = {"proximal_group"}
+# Wrappers that add up or mix weights, which on a mesh are added in another order, or
+# multiplied and added in one rounding.
+ROUNDED = {"proximal_group", "quantize_binary_relax"}
 
 
 def make_params(dtype=jnp.float32):

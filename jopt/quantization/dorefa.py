@@ -38,7 +38,8 @@ def dorefa(
     params = q(latent),   g_latent = g * d(tanh(w) / max |tanh(w)|)/dw
 
     Rounding is passed straight through; squashing is not. As published, the first and
-    the last layer stay float: leave them out by `select`.
+    the last layer stay float: leave them out by `select`. No level is zero for k > 1:
+    masks do not survive.
 
     Args:
         inner: any Optax transformation.

@@ -82,7 +82,8 @@ def init_state(latent: optax.Params, specs: Any, method: Method) -> QuantizeStat
         log_scale=log_scale,
         # Only where it is used: a second `mu` would hide that of the inner optimizer.
         scale_optimizer_state=method.train.init(logs) if mode == "learned" else (),
-        key=_or_hole(method.key),
+        # A copy, because the state may be donated.
+        key=_or_hole(None if method.key is None else jnp.copy(method.key)),
         memory=method.landing.init(latent),
     )
 
