@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.trees import rules
+from jopt.quantization.specs import masked_paths
+from jopt.trees import paths, rules
 from jopt.updates.project import (
     ProjectState,
     project,
@@ -38,8 +39,8 @@ def dorefa(
     params = q(latent),   g_latent = g * d(tanh(w) / max |tanh(w)|)/dw
 
     Rounding is passed straight through; squashing is not. As published, the first and
-    the last layer stay float: leave them out by `select`. No level is zero for k > 1:
-    masks do not survive.
+    the last layer stay float: leave them out by `select`. No level is zero, so
+    leaves that are pruned inside raise.
 
     Args:
         inner: any Optax transformation.
@@ -54,7 +55,7 @@ def dorefa(
 
     Raises:
         TypeError: `inner` is no transformation.
-        ValueError: `bits` is out of range.
+        ValueError: `bits` is out of range, or a leaf is pruned inside.
 
     References:
         Zhou et al., DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks
@@ -81,6 +82,12 @@ def dorefa(
 
     def init(params: optax.Params) -> ProjectState:
         state: ProjectState = bind(params).init(params)
+        masked = {*masked_paths(state.inner_state)} & {*paths.leaf_paths(state.latent)}
+        if masked:
+            raise ValueError(
+                f"dorefa needs weights without masks, got {sorted(masked)}, which are "
+                "pruned inside: its grid has no zero; leave them out by select="
+            )
         return state
 
     def update(

@@ -211,8 +211,6 @@ def check_trainable(specs: Any, *, learned: bool, bits: Any) -> None:
 def require_zeros(inner_state: Any, specs: Any) -> None:
     """Raise if weights are pruned and then snapped to a grid without a zero.
 
-    Masks are found by the name of their field, whichever wrapper keeps them.
-
     Args:
         inner_state: of the transformation that steps latents.
         specs: tree of specs, `optax.MaskedNode()` where nothing is quantized.
@@ -227,13 +225,23 @@ def require_zeros(inner_state: Any, specs: Any) -> None:
         and spec.format.kind == "codebook"
         and 0.0 not in spec.format.values
     }
-    if not without:
-        return
-    for _, masks in optax.tree.get_all_with_path(inner_state, "masks"):
-        for path, _ in paths.leaves_with_path(masks):
-            if path in without:
-                raise ValueError(
-                    f"spec_or_rules must give a format with a zero to {path!r}, whose "
-                    f"weights are pruned inside, got {without[path]}, which has no zero"
-                    "; take jopt.formats.ternary"
-                )
+    for path in masked_paths(inner_state) if without else ():
+        if path in without:
+            raise ValueError(
+                f"spec_or_rules must give a format with a zero to {path!r}, whose "
+                f"weights are pruned inside, got {without[path]}, which has no zero; "
+                "take jopt.formats.ternary"
+            )
+
+
+def masked_paths(inner_state: Any) -> list[str]:
+    """List the leaves that have a mask, found by the name of the field, `masks`.
+
+    Args:
+        inner_state: of any transformation.
+
+    Returns:
+        Their paths.
+    """
+    found = optax.tree.get_all_with_path(inner_state, "masks")
+    return [path for _, masks in found for path in paths.leaf_paths(masks)]

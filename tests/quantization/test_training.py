@@ -258,6 +258,8 @@ def test_binary_has_no_zero_and_says_so():
         tx = jopt.quantize_weights(sparse(optax.sgd(0.1)), jopt.QuantSpec(F.binary))
         with pytest.raises(ValueError, match=r"'dense/kernel'.*has no zero"):
             tx.init(contract.make_params())
+        with pytest.raises(ValueError, match="dorefa needs weights without masks"):
+            jopt.dorefa(sparse(optax.sgd(0.1)), 2).init(contract.make_params())
     rules = {"dense/.*": jopt.QuantSpec(F.ternary), "head/.*": jopt.QuantSpec(F.binary)}
     dense_only = jopt.prune(
         optax.sgd(0.1), sparsity=0.5, select=jopt.matching("dense/kernel")
