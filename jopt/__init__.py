@@ -13,8 +13,9 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     many leaves   matching, report, save, restore, steps, read_metadata;
                   read_gguf, read_compressed_tensors, write_compressed_tensors
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
-                  proximal_maps, quantize_weights, get_masks, apply_masks,
-                  update_masks, get_scales; scores and allocation to choose from
+                  proximal_maps, quantize_weights with projections and rounding, dorefa,
+                  freeze, get_masks, apply_masks, update_masks, get_scales; scores and
+                  allocation to choose from
     a value       schedules
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
@@ -26,6 +27,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 from jopt import distillation as distillation
 from jopt import schedules as schedules
 from jopt.arrays import formats as formats
+from jopt.arrays import rounding as rounding
 from jopt.arrays.compressed import CompressedArray as CompressedArray
 from jopt.arrays.packing import pack_mask as pack_mask
 from jopt.arrays.packing import unpack_mask as unpack_mask
@@ -74,12 +76,15 @@ from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import QuantizationReport as QuantizationReport
 from jopt.quantization import calibrate as calibrate
+from jopt.quantization import dorefa as dorefa
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
+from jopt.quantization import freeze as freeze
 from jopt.quantization import get_scales as get_scales
 from jopt.quantization import gptq as gptq
 from jopt.quantization import observers as observers
+from jopt.quantization import projections as projections
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.quantization import rtn as rtn

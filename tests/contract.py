@@ -66,6 +66,7 @@ WRAPPERS = {
         inner, sparsity=0.5, allocation=jopt.allocation.uniform
     ),
     "rigl": moving(jopt.rigl, sparsity=0.5, allocation=jopt.allocation.uniform),
+    "set": moving(jopt.set_, sparsity=0.5),
     "snfs": moving(jopt.snfs, sparsity=0.5),
     "ste": lambda inner: jopt.ste(inner, sparsity=0.5, every_steps=2),
     "sr_ste": lambda inner: jopt.sr_ste(inner, decay=0.1, pattern=jopt.NM(2, 4)),
@@ -93,6 +94,32 @@ WRAPPERS = {
     "quantize_learned": snapped(INT8, scales="learned"),
     "quantize_bits": snapped(
         INT8, bits_schedule=jopt.schedules.gradual_bits(8, 4, end_step=4)
+    ),
+    "quantize_stochastic": snapped(
+        INT8, rounding=jopt.rounding.stochastic, key=jax.random.key(3)
+    ),
+    "quantize_binary_relax": snapped(
+        INT8, projection=jopt.projections.binary_relax(optax.linear_schedule(1, 0, 4))
+    ),
+    "quantize_parq": snapped(
+        jopt.QuantSpec(jopt.formats.ternary, axis=()),
+        projection=jopt.projections.parq(
+            jopt.schedules.sigmoid_softness(begin_step=1, end_step=4)
+        ),
+    ),
+    "quantize_frozen_oscillations": snapped(
+        INT4,
+        projection=jopt.projections.freeze_oscillations(0.3, momentum=0.5),
+        begin_step=1,
+    ),
+    "quantize_damped": snapped(INT8, scales="static", damping=0.1),
+    "dorefa": lambda inner: jopt.dorefa(inner, 2, begin_step=1),
+    "freeze": lambda inner: jopt.freeze(
+        inner, fraction=optax.piecewise_constant_schedule(0.25, {2: 2.0})
+    ),
+    "freeze_layers": lambda inner: jopt.freeze(inner, from_step=3),
+    "quantize_freeze": lambda inner: jopt.quantize_weights(
+        jopt.freeze(inner, fraction=0.5), INT8, scales="static"
     ),
     "quantize_prune": lambda inner: jopt.quantize_weights(
         jopt.prune(inner, sparsity=0.5), INT8
@@ -127,6 +154,7 @@ ZEROS = {
     "prune_average": HALF,
     "static_sparse": HALF,
     "rigl": HALF,
+    "set": HALF,
     "ste": HALF,
     "sr_ste": HALF,
     "top_kast": HALF,
@@ -144,8 +172,9 @@ def with_exhaustive(names, always=()):
     ]
 
 
-# Wrappers that add up weights, which on a mesh are added in another order.
-ROUNDED = {"proximal_group"}
+# Wrappers that add up or mix weights, which on a mesh are added in another order, or
+# multiplied and added in one rounding.
+ROUNDED = {"proximal_group", "quantize_binary_relax"}
 
 
 def make_params(dtype=jnp.float32):

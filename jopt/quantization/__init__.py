@@ -1,21 +1,24 @@
 """Quantization: fewer bits per number.
 
 Reading order: `roles` and `specs` (which leaf gets which spec), `state` (what training
-on the grid remembers), `learned` (gradients of a clipped grid and of its scale),
-`weights` (training on the grid), `conversion` (float trees to quantized trees),
-`operands` (what is rounded at a site), `observers` and `calibration` (static ranges),
-`learned_ranges`, `arguments` and `fake` (quantization-aware functions), `products`,
-`microscaled` and `execute` (codes times codes), `folding` (norms into weights);
-`layer_solving`, `layer_report`, `layers` and `post_training` (quantization with
-calibration data), each method's matrix in a file of its name, such as `gptq`. One
-array's formats and steps are in `jopt.arrays`.
+on the grid remembers), `grids`, `oscillations` and `projections` (how latents land on
+the grid), `freezing` (which of them stay), `learned` (gradients of a clipped grid and
+of its scale), `snapping` and `weights` (training on the grid), `dorefa`, `conversion`
+(float trees to quantized trees), `operands` (what is rounded at a site), `observers`
+and `calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and `fake`
+(quantization-aware functions), `products`, `microscaled` and `execute` (codes times
+codes), `folding` (norms into weights); `layer_solving`, `layer_report`, `layers` and
+`post_training` (quantization with calibration data), each method's matrix in a file of
+its name, such as `gptq`. One array's formats and steps are in `jopt.arrays`.
 """
 
 from jopt.quantization.calibration import calibrate as calibrate
 from jopt.quantization.conversion import quantize as quantize
+from jopt.quantization.dorefa import dorefa as dorefa
 from jopt.quantization.execute import execute as execute
 from jopt.quantization.fake import fake_quantize as fake_quantize
 from jopt.quantization.folding import fold_batch_norm as fold_batch_norm
+from jopt.quantization.freezing import freeze as freeze
 from jopt.quantization.layer_report import QuantizationReport as QuantizationReport
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn

@@ -3,6 +3,7 @@
 qat(params, x, step=3)              apply(params, x)
 qat(params, x, step=3)              apply(params, x, step=3), if it names `step`
 qat(params, x, ranges=r, train=1)   apply(params, x, train=1)
+qat(params, x, key=k)               apply(params, x), or with key=k, if it names `key`
 """
 
 import inspect
@@ -16,11 +17,27 @@ import numpy as np
 _NUMBERS = (bool, int, float, np.generic, np.ndarray, jax.Array)
 
 
+_HINTS = {
+    "ranges": "; init_ranges returns them",
+    "key": "; pass key=jax.random.key(seed), another one on every step",
+}
+_OPTIONS = {
+    "step": "begin_step=",
+    "ranges": "ranges='learned'",
+    "key": "gradient_rounding=",
+}
+
+
 class Arguments:
     """Which keywords are ours, and which are those of the function."""
 
     def __init__(
-        self, apply: Callable[..., Any], *, step: str | None, ranges: str | None
+        self,
+        apply: Callable[..., Any],
+        *,
+        step: str | None,
+        ranges: str | None,
+        key: str | None = None,
     ) -> None:
         """Look at a function.
 
@@ -28,11 +45,12 @@ class Arguments:
             apply: the function.
             step: why `step` is ours; None where it is not.
             ranges: the same of `ranges`.
+            key: the same of `key`.
 
         Raises:
             ValueError: `ranges` is ours, and a parameter of the function.
         """
-        self._reasons = {"step": step, "ranges": ranges}
+        self._reasons = {"step": step, "ranges": ranges, "key": key}
         try:
             self._signature: inspect.Signature | None = inspect.signature(apply)
         except (TypeError, ValueError):  # some callables of C tell nothing
@@ -53,7 +71,8 @@ class Arguments:
             kwargs: those by name.
 
         Returns:
-            The keywords for the function, `step` among them if it names it, and ours.
+            The keywords for the function, `step` and `key` among them if it names them,
+            and ours.
 
         Raises:
             ValueError: one of ours is missing, or one is neither ours nor its own.
@@ -63,7 +82,7 @@ class Arguments:
             value = kwargs.get(name)
             if reason is not None:
                 if value is None:
-                    hint = "; init_ranges returns them" if name == "ranges" else ""
+                    hint = _HINTS.get(name, "")
                     raise ValueError(
                         f"{name} must be given as {reason}, got none{hint}"
                     )
@@ -72,7 +91,7 @@ class Arguments:
                     kwargs[name] = value
             elif name in kwargs and not self._takes(name):
                 if value is not None:
-                    option = "begin_step=" if name == "step" else "ranges='learned'"
+                    option = _OPTIONS[name]
                     raise ValueError(
                         f"{name} must be left out where neither {option} was given nor "
                         f"apply takes it, got {value!r}"

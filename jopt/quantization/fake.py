@@ -14,8 +14,8 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ import optax
 
 from jopt.arrays import quantized
 from jopt.arrays.quantized import QuantSpec
+from jopt.arrays.rounding import Rounding, nearest
 from jopt.programs import interpret, sites
 from jopt.programs.handlers import Handler, Use
 from jopt.quantization import learned_ranges
 from jopt.quantization.arguments import Arguments, require_step
+from jopt.quantization.backward import round_gradients
 from jopt.quantization.operands import (
     Activations,
     is_float,
@@ -46,6 +48,12 @@ from jopt.trees import paths, rules
 from jopt.trees.calibration import Calibration, Pair
 
 Ranges = Literal["current", "learned", "pact"]
+Gradients = (
+    QuantSpec
+    | Mapping[str, QuantSpec | None]
+    | Sequence[tuple[str, QuantSpec | None]]
+    | None
+)
 
 
 def fake_quantize(
@@ -55,6 +63,8 @@ def fake_quantize(
     activations: Activations = None,
     calibration: Calibration | None = None,
     ranges: Ranges = "current",
+    gradients: Gradients = None,
+    gradient_rounding: Rounding = nearest,
     begin_step: int | None = None,
     **array_options: Any,
 ) -> Any:
@@ -78,6 +88,13 @@ def fake_quantize(
             what training made of it, with the ranges of weights too.
         ranges: "current" for the range of the batch or of the calibration; "learned"
             for LSQ and "pact" for PACT: ranges become trainable.
+        gradients: of the cotangents that arrive at products from behind: a
+            `jopt.QuantSpec` for all that have a weight, or rules over site names. With
+            `axis=None` scales are those that each product of the backward pass allows;
+            integers are axes of the result. Forward mode is then not supported.
+        gradient_rounding: `jopt.rounding.stochastic` for gradients that are right on
+            average; the function then takes `key=`, and passes it on to an `apply` that
+            names it as an argument too.
         begin_step: from which `step` on to round; the function then takes `step=`, and
             passes it on to an `apply` that names it as an argument too.
         **array_options: for an array, those of `jopt.arrays.quantized.fake_quantize`:
@@ -105,12 +122,13 @@ def fake_quantize(
     >>> jax.grad(lambda p: qat(p, x).sum())(params)["w"].ravel()
     Array([127., 127.], dtype=float32)
     """
-    options = [activations, calibration, begin_step]
+    options = [activations, calibration, gradients, begin_step]
     is_function = callable(target) and not hasattr(target, "dtype")
     if not is_function:
         if any(option is not None for option in options) or ranges != "current":
             raise TypeError(
-                "activations, calibration, ranges and begin_step belong to functions, "
+                "activations, calibration, ranges, gradients and begin_step belong to "
+                "functions, "
                 f"got an array of type {type(target).__name__}"
             )
         if not isinstance(spec, QuantSpec):
@@ -122,7 +140,7 @@ def fake_quantize(
     if array_options:
         raise TypeError(
             f"{sorted(array_options)} belong to arrays, got a function; pass "
-            "activations, calibration, ranges or begin_step"
+            "activations, calibration, ranges, gradients or begin_step"
         )
     if ranges not in ("current", "learned", "pact"):
         raise ValueError(
@@ -150,10 +168,33 @@ def fake_quantize(
         )
     if ranges != "current" or calibration is not None:
         require_ungrouped(activations)
-    plan = Plan(target, spec, activations, calibration, ranges, begin_step)
+    if gradients is None and gradient_rounding is not nearest:
+        raise ValueError(
+            "gradients must be a spec where gradient_rounding is given, got None; pass "
+            "gradients=jopt.QuantSpec(jopt.formats.int8), for example"
+        )
+    behind = Behind(gradients, gradient_rounding)
+    plan = Plan(target, spec, activations, calibration, ranges, begin_step, behind)
     if ranges == "current":
         return plan.function()
     return plan.function(), plan.init_ranges
+
+
+class Behind(NamedTuple):
+    """How gradients are rounded."""
+
+    gradients: Gradients
+    rounding: Rounding
+
+    def specs(self, table: sites.SiteTable) -> dict[str, QuantSpec]:
+        """Find the spec of the cotangent of each site."""
+        if isinstance(self.gradients, Calibration):
+            raise TypeError(
+                "gradients must be a jopt.QuantSpec or rules {pattern: spec}, got a "
+                "calibration: gradients have ranges of their own"
+            )
+        pairs = site_specs(self.gradients, table, argument="gradients")
+        return {name: a or b for name, (a, b) in pairs.items() if a or b}
 
 
 class Plan:
@@ -167,6 +208,7 @@ class Plan:
         calibration: Calibration | None,
         ranges: Ranges,
         begin_step: int | None,
+        behind: "Behind",
     ) -> None:
         self._apply = apply
         self._spec = spec
@@ -174,10 +216,13 @@ class Plan:
         self._calibration = calibration
         self._rule: Any = None if ranges == "current" else ranges
         self._begin_step = begin_step
+        self._behind = behind
+        is_random = behind.rounding is not nearest
         self._arguments = Arguments(
             apply,
             step=None if begin_step is None else "begin_step was given",
             ranges=None if ranges == "current" else "they are learned",
+            key="gradients are rounded by chance" if is_random else None,
         )
         self._run = interpret.compiled_if_eager(self._evaluate)
 
@@ -193,7 +238,7 @@ class Plan:
                     "ranges must be a jopt.Calibration, got a "
                     f"{type(ranges).__name__}; init_ranges returns one"
                 )
-            return self._run(params, inputs, kwargs, step, ranges)
+            return self._run(params, inputs, kwargs, step, ranges, own.get("key"))
 
         if not hasattr(self._apply, "__name__"):
             return rounded
@@ -239,6 +284,7 @@ class Plan:
         kwargs: dict[str, Any],
         step: Any,
         ranges: Calibration | None,
+        key: jax.Array | None,
     ) -> Any:
         analysis = sites.analyse(self._apply, params, inputs, kwargs)
         calibration = self._calibration if ranges is None else ranges
@@ -253,11 +299,23 @@ class Plan:
             specs = self._weight_specs(params, analysis.table)
             params = self._round_weights(params, specs, ranges, is_on)
         derived = self._derived_specs(analysis.table)
+        behind = self._behind.specs(analysis.table)
 
         def call(use: Use) -> jax.Array:
             def compute(*operands: Any) -> jax.Array:
                 given = dataclasses.replace(use, operands=operands)
-                return use.default(*self._round(given, pairs, derived, is_on))
+                rounded = self._round(given, pairs, derived, is_on)
+                if use.site.name not in behind:
+                    return use.default(*rounded)
+                return round_gradients(
+                    use.default,
+                    rounded,
+                    use.site,
+                    behind[use.site.name],
+                    rounding=self._behind.rounding,
+                    key=key,
+                    is_on=is_on,
+                )
 
             if use.value is not None:
                 # The backward pass needs the rounded input and where it was clipped.
@@ -265,7 +323,7 @@ class Plan:
                 compute = jax.checkpoint(compute)
             return compute(*use.operands)
 
-        names = {*pairs, *derived}
+        names = {*pairs, *derived, *behind}
         handler = Handler(call, select=lambda site: site.name in names)
         return interpret.evaluate(analysis, handler, params, inputs, kwargs, values)
 

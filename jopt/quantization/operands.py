@@ -29,7 +29,9 @@ Activations = (
 _PRODUCTS = ("weight", "derived")
 
 
-def site_specs(activations: Activations, table: SiteTable) -> dict[str, Pair]:
+def site_specs(
+    activations: Activations, table: SiteTable, *, argument: str = "activations"
+) -> dict[str, Pair]:
     """Find the specs of both operands of every site whose inputs are rounded.
 
     Args:
@@ -37,6 +39,7 @@ def site_specs(activations: Activations, table: SiteTable) -> dict[str, Pair]:
             names (or leaf paths) to specs, which may name products of two activations
             too; what a calibration found; or None.
         table: of the function.
+        argument: what errors call `activations`.
 
     Returns:
         Name to the specs of both operands, None for one that is left alone.
@@ -56,15 +59,15 @@ def site_specs(activations: Activations, table: SiteTable) -> dict[str, Pair]:
             s.name: activations for s in products if s.kind in _PRODUCTS and s.reachable
         }
         if not chosen:
-            raise nothing_found("activations", "site to round the input of", table)
+            raise nothing_found(argument, "site to round the input of", table)
     elif isinstance(activations, Mapping | list | tuple):
-        chosen = _by_rules(activations, products)
+        chosen = _by_rules(activations, products, argument)
         # Rules are checked against names; where there are none, nothing else is said.
         if not products and any(spec is not None for spec in _specs_of(activations)):
-            raise nothing_found("activations", "site to round the input of", table)
+            raise nothing_found(argument, "site to round the input of", table)
     else:
         raise TypeError(
-            "activations must be a jopt.QuantSpec, rules {pattern: spec}, a "
+            f"{argument} must be a jopt.QuantSpec, rules {{pattern: spec}}, a "
             f"jopt.Calibration or None, got {activations!r}"
         )
     sites = {s.name: s for s in products}
@@ -114,7 +117,9 @@ def _known(found: dict[str, Pair], products: list[Site]) -> dict[str, Pair]:
     return found
 
 
-def _by_rules(activations: Any, products: list[Site]) -> dict[str, QuantSpec]:
+def _by_rules(
+    activations: Any, products: list[Site], argument: str
+) -> dict[str, QuantSpec]:
     """Resolve rules; a later use of a leaf answers to the path of the leaf too."""
     names = {s.name: s.path or s.name for s in products}
     both = sorted({*names, *names.values()})
@@ -129,12 +134,12 @@ def _by_rules(activations: Any, products: list[Site]) -> dict[str, QuantSpec]:
             continue
         if not isinstance(spec, QuantSpec):
             raise TypeError(
-                f"activations must give a jopt.QuantSpec or None for {site.name!r}, "
+                f"{argument} must give a jopt.QuantSpec or None for {site.name!r}, "
                 f"got {spec!r}"
             )
         if not site.reachable:
             raise ValueError(
-                f"activations must name sites that can be entered, got {site.name!r}, "
+                f"{argument} must name sites that can be entered, got {site.name!r}, "
                 f"which is {site.why_not}; leave it out by a rule with None before"
             )
         chosen[site.name] = spec

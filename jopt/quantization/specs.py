@@ -206,3 +206,42 @@ def check_trainable(specs: Any, *, learned: bool, bits: Any) -> None:
                 f"bits_schedule needs an integer format for {path!r}, got {spec}; "
                 "give this leaf an integer format or no schedule"
             )
+
+
+def require_zeros(inner_state: Any, specs: Any) -> None:
+    """Raise if weights are pruned and then snapped to a grid without a zero.
+
+    Args:
+        inner_state: of the transformation that steps latents.
+        specs: tree of specs, `optax.MaskedNode()` where nothing is quantized.
+
+    Raises:
+        ValueError: a leaf has a mask and a format without a zero.
+    """
+    without = {
+        path: spec
+        for path, spec in paths.leaves_with_path(specs)
+        if isinstance(spec, QuantSpec)
+        and spec.format.kind == "codebook"
+        and 0.0 not in spec.format.values
+    }
+    for path in masked_paths(inner_state) if without else ():
+        if path in without:
+            raise ValueError(
+                f"spec_or_rules must give a format with a zero to {path!r}, whose "
+                f"weights are pruned inside, got {without[path]}, which has no zero; "
+                "take jopt.formats.ternary"
+            )
+
+
+def masked_paths(inner_state: Any) -> list[str]:
+    """List the leaves that have a mask, found by the name of the field, `masks`.
+
+    Args:
+        inner_state: of any transformation.
+
+    Returns:
+        Their paths.
+    """
+    found = optax.tree.get_all_with_path(inner_state, "masks")
+    return [path for _, masks in found for path in paths.leaf_paths(masks)]

@@ -20,6 +20,8 @@ class QuantizeState(NamedTuple):
     high: Any  # as scale, float32: of the upper end
     log_scale: Any  # as scale, float32: the natural logarithm that LSQ trains
     scale_optimizer_state: optax.OptState  # () unless scales are learned
+    key: Any  # PRNG key for rounding, or optax.MaskedNode()
+    memory: Any  # of the projection, () for those without
 
 
 def get_scales(state: optax.OptState) -> Any:

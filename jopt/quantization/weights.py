@@ -19,19 +19,37 @@ format is an integer or float one of at most 8 bits: both params and moves are t
 small multiples of one step. Codebooks of arbitrary reals (nf4) and float32 scales may
 miss by an ulp. `jopt.quantize(params, spec, scales=jopt.get_scales(state))` yields the
 arrays to ship.
+
+How latents land on the grid is a function: the nearest level, a random neighbour
+(`rounding`), or what a `projection` makes of them, gradually (`jopt.projections`).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.arrays.quantized import fake_quantize
-from jopt.arrays.scales import Scale, compute_range, compute_scale
+from jopt.arrays.rounding import Rounding, nearest, stochastic
+from jopt.quantization.freezing import require_still_scales
+from jopt.quantization.grids import Grid, Landing, as_grid_projection
 from jopt.quantization.learned import inside_range, learn
-from jopt.quantization.specs import SpecOrRules, check_trainable, resolve_specs
-from jopt.quantization.state import QuantizeState
+from jopt.quantization.oscillations import damped
+from jopt.quantization.snapping import (
+    Method,
+    ScaleMode,
+    bits_at,
+    init_state,
+    is_zero,
+    snap,
+)
+from jopt.quantization.specs import (
+    SpecOrRules,
+    check_trainable,
+    require_zeros,
+    resolve_specs,
+)
+from jopt.quantization.state import scale_tree
 from jopt.trees import paths, rules
 from jopt.updates.project import (
     Projection,
@@ -44,8 +62,6 @@ from jopt.updates.project import (
 )
 from jopt.updates.states import is_masked_node, merge_masked
 
-ScaleMode = Literal["current", "static", "moving", "learned"]
-
 
 def quantize_weights(
     inner: optax.GradientTransformation,
@@ -56,6 +72,10 @@ def quantize_weights(
     scales: ScaleMode = "current",
     decay: float = 0.99,
     scale_optimizer: optax.GradientTransformation | None = None,
+    rounding: Rounding | None = None,
+    projection: Landing | None = None,
+    damping: float | optax.Schedule | None = None,
+    key: jax.Array | None = None,
     select: rules.Select = None,
     stacked_axes: rules.StackedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,6 +95,17 @@ def quantize_weights(
         decay: of the moving average, in [0, 1).
         scale_optimizer: for learned scales, an Optax transformation on log s;
             `optax.adam(1e-2)` when None.
+        rounding: None for the nearest level, `jopt.rounding.stochastic` (params are
+            then the latents on average, and drawn anew on every update) or a function
+            like it.
+        projection: of `jopt.projections`, or a function `(latent, grid, count) ->
+            params` of one leaf, `grid.snap(latent)` being the rounded one; None for
+            that.
+        damping: of oscillations: the strength of `|q - latent|^2` in the loss, q being
+            held constant; a number or a schedule count -> number (Nagel et al.,
+            arXiv:2203.11086, equation 6).
+        key: a PRNG key for rounding that needs one; kept in the state, folded with the
+            path of the leaf and the count.
         select: which leaves may be quantized; None for float leaves with at least two
             axes, stacked ones not counted.
         stacked_axes: which axis stacks layers: an int or rules `{pattern: axis}`; each
@@ -86,8 +117,11 @@ def quantize_weights(
     Raises:
         ValueError: a rule matches nothing, a group size does not divide, learned scales
             are asked of an asymmetric or microscaling format, `bits_schedule` of a
-            format that is not an integer, or scales other than "current" are to be
-            measured at once on a leaf of zeros (seen unless `init` is traced).
+            format that is not an integer, learned scales beside rounding or a
+            projection that leave the nearest level, stochastic rounding without a key,
+            a format without a zero of a leaf that is pruned inside, scales other than
+            "static" of weights that are frozen, or scales other than "current" are to
+            be measured at once on a leaf of zeros (seen unless `init` is traced).
 
     References:
         Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned
@@ -119,8 +153,28 @@ def quantize_weights(
             "bits_schedule must be None for learned scales, which belong to one width, "
             "got a schedule; use moving scales with it"
         )
+    rounding = nearest if rounding is None else rounding
+    if scales == "learned" and rounding is not nearest:
+        raise ValueError(
+            "rounding must be None for learned scales, whose gradient "
+            f"is that of the nearest level, got {rounding!r}; use moving scales with it"
+        )
+    if rounding is stochastic and key is None:
+        raise ValueError(
+            "key must be a PRNG key for stochastic rounding, got None: pass "
+            "key=jax.random.key(seed)"
+        )
+    landing = as_grid_projection(projection)
+    if scales == "learned" and not landing.is_hard:
+        raise ValueError(
+            "projection must land on the nearest level for learned scales, got "
+            f"{projection!r}; use moving scales with it"
+        )
     train = optax.with_extra_args_support(
         optax.adam(1e-2) if scale_optimizer is None else scale_optimizer
+    )
+    method = Method(
+        scales, decay, begin_step, bits_schedule, rounding, landing, key, train
     )
 
     def bind(params: optax.Params) -> tuple[Any, optax.GradientTransformationExtraArgs]:
@@ -132,13 +186,13 @@ def quantize_weights(
         chosen = jax.tree.map(
             lambda spec: not is_masked_node(spec), specs, is_leaf=is_masked_node
         )
-        projection = Projection(
-            init=lambda latent: _init(latent, specs, scales, train),
-            update=lambda latent, state, count: _snap(
-                latent, state, count, specs, scales, decay, begin_step, bits_schedule
+        step = Projection(
+            init=lambda latent: init_state(latent, specs, method),
+            update=lambda latent, state, count: snap(
+                latent, state, count, specs, method
             ),
         )
-        return specs, project(inner, projection, begin_step=begin_step, select=chosen)
+        return specs, project(inner, step, begin_step=begin_step, select=chosen)
 
     def init(params: optax.Params) -> ProjectState:
         require_floats(params, "quantize_weights")
@@ -146,9 +200,12 @@ def quantize_weights(
         treedef: Any = jax.tree.structure(params)
         chosen = [not is_masked_node(s) for s in treedef.flatten_up_to(specs)]
         rules.warn_if_none(chosen, "quantize_weights")
-        if scales != "current" and _is_zero(begin_step):
+        if scales != "current" and is_zero(begin_step):
             _require_ranges(params, chosen, scales)
-        return tx.init(params)
+        state: ProjectState = tx.init(params)
+        require_still_scales(state.inner_state, specs, scales)
+        require_zeros(state.inner_state, specs)
+        return state
 
     def update(
         updates: optax.Updates,
@@ -158,7 +215,7 @@ def quantize_weights(
     ) -> tuple[optax.Updates, ProjectState]:
         require_params(params, "quantize_weights")
         specs, tx = bind(params)
-        bits = _bits(bits_schedule, jnp.maximum(state.count - 1, 0))
+        bits = bits_at(bits_schedule, jnp.maximum(state.count - 1, 0))
         if scales != "current":
             on = state.count > begin_step  # the entering params are on the grid
             inside = inside_range(updates, state, specs, bits, on)
@@ -166,14 +223,26 @@ def quantize_weights(
                 learned = learn(updates, inside, state, specs, on, train, extra_args)
                 state = state._replace(projection_state=learned)
             updates = merge_masked(inside, updates, both=lambda gated, _: gated)
-        return tx.update(updates, state, params, **extra_args)
+        if damping is not None:
+            strength = damping(state.count) if callable(damping) else damping
+            strength = jnp.where(state.count > begin_step, strength, 0.0)
+            grids = jax.tree.map(
+                lambda spec, scale: (
+                    spec if is_masked_node(spec) else Grid(spec, scale, bits)
+                ),
+                specs,
+                scale_tree(state.projection_state),
+                is_leaf=is_masked_node,
+            )
+            updates = damped(updates, state.latent, grids, strength)
+        moves, new = tx.update(updates, state, params, **extra_args)
+        if landing.frozen is not None:
+            held = landing.frozen(new.projection_state.memory)
+            landed = optax.apply_updates(params, moves)
+            new = new._replace(latent=_held(held, landed, new.latent))
+        return moves, new
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_zero(begin_step: Any) -> bool:
-    """Tell what is known at trace time; an injected number is not."""
-    return isinstance(begin_step, int) and begin_step == 0
 
 
 def _require_ranges(params: optax.Params, chosen: list[bool], mode: str) -> None:
@@ -189,121 +258,10 @@ def _require_ranges(params: optax.Params, chosen: list[bool], mode: str) -> None
             )
 
 
-def _bits(schedule: optax.Schedule | None, count: jax.Array) -> Any:
-    return None if schedule is None else schedule(count)
+def _held(held: Any, landed: Any, latent: Any) -> Any:
+    """Put latents that are frozen where their params are."""
 
+    def hold(flag: Any, p: jax.Array, w: Any) -> Any:
+        return w if is_masked_node(w) else jnp.where(flag, p, w)
 
-def _or_hole(x: Any) -> Any:
-    return optax.MaskedNode() if x is None else x
-
-
-def _init(
-    latent: optax.Params, specs: Any, mode: ScaleMode, train: Any
-) -> QuantizeState:
-    treedef: Any
-    grids, treedef = jax.tree.flatten(specs)
-    ranges = [
-        compute_range(w, spec)
-        for w, spec in zip(jax.tree.leaves(latent), grids, strict=True)
-    ]
-    scales = [
-        compute_scale(low, high, spec)
-        for (low, high), spec in zip(ranges, grids, strict=True)
-    ]
-    holes = treedef.unflatten([optax.MaskedNode()] * len(grids))
-    keeps_range = mode in ("static", "moving")
-    logs = treedef.unflatten([jnp.log(s.scale.astype(jnp.float32)) for s in scales])
-    log_scale = logs if mode == "learned" else holes
-    return QuantizeState(
-        scale=treedef.unflatten([s.scale for s in scales]),
-        zero_point=treedef.unflatten([_or_hole(s.zero_point) for s in scales]),
-        outer_scale=treedef.unflatten([_or_hole(s.outer_scale) for s in scales]),
-        low=treedef.unflatten([r[0] for r in ranges]) if keeps_range else holes,
-        high=treedef.unflatten([r[1] for r in ranges]) if keeps_range else holes,
-        log_scale=log_scale,
-        # Only where it is used: a second `mu` would hide that of the inner optimizer.
-        scale_optimizer_state=train.init(logs) if mode == "learned" else (),
-    )
-
-
-def _snap(
-    latent: optax.Params,
-    state: QuantizeState,
-    count: jax.Array,
-    specs: Any,
-    mode: ScaleMode,
-    decay: float,
-    begin_step: int,
-    bits_schedule: optax.Schedule | None,
-) -> tuple[optax.Params, QuantizeState]:
-    """Project the latent on the grid of this step's scales."""
-    state = _follow(latent, state, count, specs, mode, decay, begin_step)
-    bits = _bits(bits_schedule, count)
-    treedef: Any
-    grids, treedef = jax.tree.flatten(specs)
-    ws = jax.tree.leaves(latent)
-    if mode == "learned":
-        scales = [
-            Scale(jnp.exp(x).astype(spec.scale_dtype), None, None)
-            for x, spec in zip(jax.tree.leaves(state.log_scale), grids, strict=True)
-        ]
-    else:
-        if mode == "current":
-            ranges = [compute_range(w, spec) for w, spec in zip(ws, grids, strict=True)]
-        else:
-            lows, highs = jax.tree.leaves(state.low), jax.tree.leaves(state.high)
-            ranges = list(zip(lows, highs, strict=True))
-        scales = [
-            compute_scale(low, high, spec, bits=bits)
-            for (low, high), spec in zip(ranges, grids, strict=True)
-        ]
-    snapped = [
-        fake_quantize(w, spec, scale=scale, bits=bits)
-        for w, spec, scale in zip(ws, grids, scales, strict=True)
-    ]
-    return treedef.unflatten(snapped), state._replace(
-        scale=treedef.unflatten([s.scale for s in scales]),
-        zero_point=treedef.unflatten([_or_hole(s.zero_point) for s in scales]),
-        outer_scale=treedef.unflatten([_or_hole(s.outer_scale) for s in scales]),
-    )
-
-
-def _follow(
-    latent: optax.Params,
-    state: QuantizeState,
-    count: jax.Array,
-    specs: Any,
-    mode: ScaleMode,
-    decay: float,
-    begin_step: int,
-) -> QuantizeState:
-    """Bring ranges and learned scales up to this step's latent."""
-    if mode == "current" or (mode != "moving" and _is_zero(begin_step)):
-        return state
-    treedef: Any
-    grids, treedef = jax.tree.flatten(specs)
-    ws = jax.tree.leaves(latent)
-
-    def measure() -> QuantizeState:
-        ranges = [compute_range(w, spec) for w, spec in zip(ws, grids, strict=True)]
-        if mode == "learned":
-            scales = [
-                compute_scale(low, high, spec).scale.astype(jnp.float32)
-                for (low, high), spec in zip(ranges, grids, strict=True)
-            ]
-            return state._replace(
-                log_scale=treedef.unflatten([jnp.log(s) for s in scales])
-            )
-        return state._replace(
-            low=treedef.unflatten([r[0] for r in ranges]),
-            high=treedef.unflatten([r[1] for r in ranges]),
-        )
-
-    if mode == "moving":
-        new = measure()
-        mix = lambda old, x: decay * old + (1.0 - decay) * x  # noqa: E731
-        return state._replace(
-            low=jax.tree.map(mix, state.low, new.low),
-            high=jax.tree.map(mix, state.high, new.high),
-        )
-    return jax.lax.cond(count == begin_step, measure, lambda: state)
+    return jax.tree.map(hold, held, landed, latent, is_leaf=is_masked_node)

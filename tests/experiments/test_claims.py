@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from experiments import records
-from experiments.claims import one_shot, sparse_methods, sparse_training
+from experiments.claims import one_shot, sparse_methods, sparse_training, ternary
 
 STEPS = 4
 IMAGES = 8 * STEPS
@@ -210,3 +210,45 @@ def test_reconstruction_error_is_that_of_the_outputs():
     expected = np.sum((x @ w - x @ pruned) ** 2) / np.sum((x @ w) ** 2)
     found = one_shot.reconstruction_error(x.T @ x, w, pruned)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.exhaustive
+def test_ternary_killed_between_models_and_within_one(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    text, folder = tmp_path / "text.txt", tmp_path / "out"
+    words = ["to", "be", "or", "not", "that", "is", "the", "question"]
+    text.write_text(" ".join(rng.choice(words, 2000)))
+
+    def config(**options):
+        return ternary.Config(
+            out=folder,
+            data_dir=text,
+            steps=STEPS,
+            width=16,
+            depth=1,
+            length=16,
+            batch_size=8,
+            save_every=1,
+            **options,
+        )
+
+    for words in ("step 3 of 4", "ternary weights, int8"):
+        kill_when_it_says(monkeypatch, words)
+        with pytest.raises(KeyboardInterrupt):
+            ternary.main(config())
+    files = [ternary.record_of(folder, m) for m in ("float", "ternary_weights")]
+    made = [f.stat().st_mtime_ns for f in files]
+    ternary.main(config())
+    assert [f.stat().st_mtime_ns for f in files] == made
+    capsys.readouterr()
+    ternary.main(config(summarize=True))
+    assert (folder / "ternary.md").read_text() == capsys.readouterr().out
+    assert (folder / "ternary.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "ternary.json").read_text())
+    results = summary["results"]
+    assert [r["method"] for r in results] == list(ternary.METHODS)
+    sizes = [r["layer_bytes"] for r in results]
+    assert sizes[1] == sizes[2] < sizes[0] / 15
+    assert [r["levels"] for r in results[1:]] == [3, 3]
+    ratio = results[2]["loss"] / results[0]["loss"] - 1
+    assert summary["over_float"]["ternary"] == pytest.approx(ratio)

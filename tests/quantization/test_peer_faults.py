@@ -238,6 +238,14 @@ def test_formats_are_what_they_say():
         q = jopt.quantize(w, jopt.QuantSpec(format))
         assert q.codes.nbytes == w.size * bits // 8
         assert jnp.count_nonzero(jopt.dequantize(q)) > 0
+    for bits in (5, 6, 7):  # stored in their own bits, not in eight
+        q = jopt.quantize(w, jopt.QuantSpec(getattr(jopt.formats, f"int{bits}")))
+        assert q.codes.nbytes == w.size * bits // 8
+    for format in (jopt.formats.uint4, jopt.formats.uint2):
+        back = jopt.dequantize(
+            jopt.quantize(w, jopt.QuantSpec(format, symmetric=False))
+        )
+        assert back.min() < 0 < back.max()
     with pytest.raises(ValueError, match="symmetric must be False"):
         jopt.QuantSpec(jopt.formats.uint8)
     q = jopt.quantize(w, jopt.QuantSpec(jopt.formats.uint8, symmetric=False))
@@ -292,6 +300,13 @@ def test_static_ranges_of_scanned_layers_need_no_change_to_the_model():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_ranges_of_several_batches_are_no_means_of_ranges():
+    params, x = {"w": normal(6, 3)}, normal(4, 6)
+    calibration = jopt.calibrate(matmul, params, [x, 3 * x, x / 2], progress=False)
+    (ends,) = (pair[0] for pair in calibration.activations.values())
+    np.testing.assert_allclose(ends.high, 3 * jnp.abs(x).max(), rtol=1e-6)
+
+
 # Four bits times four bits, which XLA cannot multiply on a CPU as int4.
 
 
@@ -302,6 +317,32 @@ def test_four_bits_by_four_bits():
     assert int_products(run, packed, x) == (1, 1)
     want = jopt.fake_quantize(matmul, INT4, activations=INT4)(params, x)
     np.testing.assert_allclose(run(packed, x), want, rtol=1e-5)
+
+
+def test_four_bits_by_four_bits_train_with_gradients_of_eight():
+    params, x, y = {"w": normal(16, 3)}, normal(32, 16), normal(32, 3)
+    qat = jopt.fake_quantize(
+        matmul,
+        INT4,
+        activations=INT4,
+        gradients=INT8,
+        gradient_rounding=jopt.rounding.stochastic,
+        begin_step=10,
+    )
+
+    @jax.jit
+    def step(params, count):
+        key = jax.random.fold_in(jax.random.key(0), count)
+        loss, grads = jax.value_and_grad(
+            lambda p: jnp.mean((qat(p, x, step=count, key=key) - y) ** 2)
+        )(params)
+        return jax.tree.map(lambda w, g: w - 0.3 * g, params, grads), loss
+
+    losses = []
+    for count in range(80):
+        params, loss = step(params, count)
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < 0.3 * losses[0]
 
 
 # No masks, no schedules, no learned scales beside a quantized function.
