@@ -19,6 +19,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
                   sparsegpt and wanda
+    generation    init_cache, KeyValueCache
     a loss        distillation
 """
 
@@ -71,11 +72,13 @@ from jopt.pruning import ste as ste
 from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
+from jopt.quantization import KeyValueCache as KeyValueCache
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
 from jopt.quantization import get_scales as get_scales
+from jopt.quantization import init_cache as init_cache
 from jopt.quantization import observers as observers
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights

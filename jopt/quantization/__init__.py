@@ -5,10 +5,13 @@ on the grid remembers), `learned` (gradients of a clipped grid and of its scale)
 `weights` (training on the grid), `conversion` (float trees to quantized trees),
 `operands` (what is rounded at a site), `observers` and `calibration` (static ranges),
 `learned_ranges`, `arguments` and `fake` (quantization-aware functions), `products`,
-`microscaled` and `execute` (codes times codes), `folding` (norms into weights). One
-array's formats and steps are in `jopt.arrays`.
+`microscaled` and `execute` (codes times codes), `folding` (norms into weights), `cache`
+(keys and values of attention). One array's formats and steps are in `jopt.arrays`.
 """
 
+from jopt.quantization.cache import CacheView as CacheView
+from jopt.quantization.cache import KeyValueCache as KeyValueCache
+from jopt.quantization.cache import init_cache as init_cache
 from jopt.quantization.calibration import calibrate as calibrate
 from jopt.quantization.conversion import quantize as quantize
 from jopt.quantization.execute import execute as execute
