@@ -20,7 +20,13 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_iris,
+    load_wine,
+)
 from sklearn.model_selection import train_test_split
 
 Batch = dict[str, np.ndarray]
@@ -36,6 +42,7 @@ class Dataset:
     test: Batch
     num_classes: int  # classes or distinct characters
     length: int = 0  # text: characters per example
+    characters: str = ""  # text: what each code stands for
 
 
 def load(data_dir: Path | None = None, *, length: int = 64) -> Dataset:
@@ -105,13 +112,23 @@ def _read_images(file: Path) -> Batch:
 
 def text(file: Path, *, length: int) -> Dataset:
     """Read a text as characters."""
-    content = file.read_text(encoding="utf-8")
-    characters = sorted(set(content))
+    return _by_character(file.stem, file.read_text(encoding="utf-8"), length)
+
+
+def descriptions(*, length: int) -> Dataset:
+    """Return what scikit-learn says of its data sets: a small text, no download."""
+    tables = (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
+    content = "\n".join(load().DESCR for load in tables)
+    return _by_character("descriptions", content, length)
+
+
+def _by_character(name: str, content: str, length: int) -> Dataset:
+    characters = "".join(sorted(set(content)))
     codes = {c: i for i, c in enumerate(characters)}
     array = np.array([codes[c] for c in content], np.int32)
     cut = int(0.9 * len(array))
     train, test = {"x": array[:cut]}, {"x": array[cut:]}
-    return Dataset(file.stem, "text", train, test, len(characters), length)
+    return Dataset(name, "text", train, test, len(characters), length, characters)
 
 
 def batch_at(data: Dataset, *, seed: int, step: int, size: int) -> Batch:

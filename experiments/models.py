@@ -1,7 +1,8 @@
 """Two NNX models as pure functions: a ResNet and a GPT.
 
 `build(config, data, seed=...)` returns `(apply, params)` with `apply(params, x) ->
-logits` and params as nested dicts: what every transformation of jopt takes. Both models
+logits` and params as nested dicts: what every transformation of jopt takes. A GPT's
+`apply(params, x, caches) -> (logits, caches)` goes on from cached tokens. Both models
 normalise without running statistics, so nothing but params changes in training.
 """
 
@@ -17,7 +18,7 @@ from flax import nnx
 
 from experiments.data import Dataset
 
-Apply = Callable[[Any, jax.Array], jax.Array]
+Apply = Callable[..., Any]  # (params, x) -> logits; a GPT's also (params, x, caches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,18 +140,30 @@ class Layer(nnx.Module):
         self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
         self.heads = heads
 
-    def __call__(self, x):
+    def __call__(self, x, attend):
         batch, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, -1)
-        mixed = jax.nn.dot_product_attention(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
-        )
+        mixed, memory = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         x = x + self.out(mixed.reshape(batch, length, width))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x)))), memory
+
+
+def _attend(cache, query, key, value):
+    """Attend to these tokens, or to all that a cache holds with them."""
+    if cache is None:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True), None
+    positions = cache.length[:, None] + jnp.arange(query.shape[1])[None]
+    cache = cache.append(key, value)
+    keys, values, mask = cache.read(positions)
+    return jax.nn.dot_product_attention(query, keys, values, mask=mask), cache
 
 
 class GPT(nnx.Module):
-    """Characters in, the logits of the next character out."""
+    """Characters in, the logits of the next character out.
+
+    With caches, one `jopt.KeyValueCache` per layer, the characters go on from those
+    that the caches hold, and the result is the logits and the caches.
+    """
 
     def __init__(self, config: ModelConfig, *, classes: int, length: int, rngs):
         self.embed = nnx.Embed(classes, config.width, rngs=rngs)
@@ -161,11 +174,16 @@ class GPT(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.head = nnx.Linear(config.width, classes, use_bias=False, rngs=rngs)
 
-    def __call__(self, x):
-        x = self.embed(x) + self.position(jnp.arange(x.shape[1]))[None]
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
+    def __call__(self, x, caches=None):
+        positions = jnp.arange(x.shape[1])[None]
+        held = [None] * len(self.layers) if caches is None else list(caches)
+        if caches is not None:
+            positions = positions + held[0].length[:, None]
+        x = self.embed(x) + self.position(positions)
+        for i, layer in enumerate(self.layers):
+            x, held[i] = layer(x, functools.partial(_attend, held[i]))
+        logits = self.head(self.norm(x))
+        return logits if caches is None else (logits, held)
 
 
 def build(config: ModelConfig, data: Dataset, *, seed: int) -> tuple[Apply, Any]:
@@ -196,10 +214,10 @@ def _functions(
     abstract = nnx.eval_shape(create)
     graph, shapes = nnx.split(abstract, nnx.Param)
 
-    def apply(params, x):
+    def apply(params, *inputs):
         state = jax.tree.map(lambda leaf: leaf, shapes)
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state, copy=True)(x)
+        return nnx.merge(graph, state, copy=True)(*inputs)
 
     return apply, functools.partial(_draw, _string_keys(nnx.to_pure_dict(shapes)))
 

@@ -9,18 +9,19 @@ What happens to parameters is an Optax gradient transformation around yours:
 and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
-                  formats, QuantSpec, QuantizedArray, CompressedArray
+                  formats, QuantSpec, QuantizedArray, ClusteredArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata;
                   read_gguf, read_compressed_tensors, write_compressed_tensors
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
                   proximal_maps, quantize_weights with projections and rounding, dorefa,
-                  freeze, get_masks, apply_masks, update_masks, get_scales; scores and
-                  allocation to choose from
+                  freeze, cluster_weights, get_masks, apply_masks, update_masks,
+                  get_scales, get_centroids; scores and allocation to choose from
     a value       schedules
-    a tree        quantize, dequantize
+    a tree        quantize, dequantize; cluster, get_codebooks, set_codebooks
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
                   sparsegpt and wanda; gptq and rtn
+    generation    init_cache, KeyValueCache
     a loss        distillation
 """
 
@@ -28,6 +29,7 @@ from jopt import distillation as distillation
 from jopt import schedules as schedules
 from jopt.arrays import formats as formats
 from jopt.arrays import rounding as rounding
+from jopt.arrays.clustered import ClusteredArray as ClusteredArray
 from jopt.arrays.compressed import CompressedArray as CompressedArray
 from jopt.arrays.packing import pack_mask as pack_mask
 from jopt.arrays.packing import unpack_mask as unpack_mask
@@ -74,20 +76,27 @@ from jopt.pruning import ste as ste
 from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
+from jopt.quantization import KeyValueCache as KeyValueCache
 from jopt.quantization import QuantizationReport as QuantizationReport
 from jopt.quantization import calibrate as calibrate
+from jopt.quantization import cluster as cluster
+from jopt.quantization import cluster_weights as cluster_weights
 from jopt.quantization import dorefa as dorefa
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
 from jopt.quantization import freeze as freeze
+from jopt.quantization import get_centroids as get_centroids
+from jopt.quantization import get_codebooks as get_codebooks
 from jopt.quantization import get_scales as get_scales
 from jopt.quantization import gptq as gptq
+from jopt.quantization import init_cache as init_cache
 from jopt.quantization import observers as observers
 from jopt.quantization import projections as projections
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.quantization import rtn as rtn
+from jopt.quantization import set_codebooks as set_codebooks
 from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore

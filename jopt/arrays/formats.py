@@ -113,6 +113,26 @@ class Format:
         return 2.0 ** (self.min_exponent - self.mantissa_bits)
 
     @property
+    def max_error(self) -> float:
+        """How far a number of a group can be from its level, in units of the scale.
+
+        Half the widest gap between levels, or what reaches beyond the largest level
+        where a scale is a power of two, rounded down. Infinite for mean scales, which
+        clip numbers of any size.
+        """
+        if self.scale_rule == "mean":
+            return float("inf")
+        if self.kind == "integer":
+            return 0.5
+        exponent = int(np.floor(np.log2(self.max_value)))
+        beyond = 2.0 ** (exponent + 1) - self.max_value
+        if self.kind == "codebook":
+            gap = float(np.max(np.diff(self.values)))
+        else:
+            gap = 2.0 ** (exponent - self.mantissa_bits)
+        return max(gap / 2, beyond if self.scale_type == "float8_e8m0fnu" else 0.0)
+
+    @property
     def clip_range(self) -> tuple[float, float]:
         """Beyond these, half a step outside of the end levels, rounding clips."""
         if self.kind == "codebook":

@@ -211,15 +211,15 @@ def quantize_array(
 
 
 def dequantize(tree: Any) -> Any:
-    """Turn quantized arrays into floats.
+    """Turn quantized and other compressed arrays into floats.
 
     w = unpermute((level(codes) - zero_point) * scale * outer_scale) / input_scale
 
     Args:
-        tree: a `QuantizedArray`, or any tree with some as leaves.
+        tree: a `CompressedArray`, or any tree with some as leaves.
 
     Returns:
-        The float array, or the tree with float arrays in place of quantized ones and
+        The float array, or the tree with float arrays in place of compressed ones and
         all other leaves as they were.
 
     >>> from jopt.arrays import formats
@@ -228,9 +228,9 @@ def dequantize(tree: Any) -> Any:
     [Array([ 4., -7.], dtype=float32), 'other']
     """
     return jax.tree.map(
-        lambda leaf: _dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf,
+        lambda leaf: leaf.to_array() if isinstance(leaf, CompressedArray) else leaf,
         tree,
-        is_leaf=lambda node: isinstance(node, QuantizedArray),
+        is_leaf=lambda node: isinstance(node, CompressedArray),
     )
 
 

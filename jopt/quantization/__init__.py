@@ -9,10 +9,20 @@ and `calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and
 (quantization-aware functions), `products`, `microscaled` and `execute` (codes times
 codes), `folding` (norms into weights); `layer_solving`, `layer_report`, `layers` and
 `post_training` (quantization with calibration data), each method's matrix in a file of
-its name, such as `gptq`. One array's formats and steps are in `jopt.arrays`.
+its name, such as `gptq`; `cache` (keys and values of attention, stored by
+`cache_storage`), `clusters` and `cluster_weights` (shared values). One array's formats
+and steps are in `jopt.arrays`.
 """
 
+from jopt.quantization.cache import CacheView as CacheView
+from jopt.quantization.cache import KeyValueCache as KeyValueCache
+from jopt.quantization.cache import init_cache as init_cache
 from jopt.quantization.calibration import calibrate as calibrate
+from jopt.quantization.cluster_weights import cluster_weights as cluster_weights
+from jopt.quantization.cluster_weights import get_centroids as get_centroids
+from jopt.quantization.clusters import cluster as cluster
+from jopt.quantization.clusters import get_codebooks as get_codebooks
+from jopt.quantization.clusters import set_codebooks as set_codebooks
 from jopt.quantization.conversion import quantize as quantize
 from jopt.quantization.dorefa import dorefa as dorefa
 from jopt.quantization.execute import execute as execute

@@ -20,6 +20,7 @@ import rich.table
 import rich.text
 
 from jopt.arrays import packing, quantized
+from jopt.arrays.clustered import ClusteredArray
 from jopt.trees import paths
 
 
@@ -187,8 +188,12 @@ def _mean(parts: list[tuple[float | None, int]]) -> float | None:
 
 
 def _dtype_name(leaf: Any) -> str:
-    is_quantized = isinstance(leaf, quantized.QuantizedArray)
-    return leaf.spec.format.name if is_quantized else str(leaf.dtype)
+    match leaf:
+        case quantized.QuantizedArray():
+            return leaf.spec.format.name
+        case ClusteredArray():
+            return f"{leaf.num_clusters} clusters of {leaf.vector_size}"
+    return str(leaf.dtype)
 
 
 def _size(leaf: Any) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jopt.arrays import formats, quantized, ranges
+from jopt.arrays import clustered, formats, quantized, ranges
 from jopt.trees import calibration, paths, recording
 
 Node = Any  # JSON: None, bool, int, str or a dict as the module describes
@@ -31,6 +31,7 @@ TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         quantized.QuantizedArray,
+        clustered.ClusteredArray,
         quantized.QuantSpec,
         formats.Format,
         ranges.Range,

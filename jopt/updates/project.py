@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.arrays.quantized import QuantizedArray
+from jopt.arrays.compressed import CompressedArray
 from jopt.trees import paths, rules
 
 
@@ -88,11 +88,12 @@ def require_transformation(
 
 
 def require_floats(params: optax.Params, name: str) -> None:
-    """Raise if params hold quantized arrays, whose codes no optimizer can step."""
+    """Raise if params hold compressed arrays, whose codes no optimizer can step."""
     for path, leaf in paths.leaves_with_path(params):
-        if isinstance(leaf, QuantizedArray):
+        if isinstance(leaf, CompressedArray):
+            kind = type(leaf).__name__
             raise TypeError(
-                f"{name} needs arrays as params, got a QuantizedArray at {path!r}; "
+                f"{name} needs arrays as params, got a {kind} at {path!r}; "
                 "train what jopt.dequantize makes of it, or keep it out of the params"
             )
 
