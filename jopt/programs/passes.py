@@ -2,7 +2,8 @@
 
 A pass is one compiled program, run on every batch, whose results add up:
 
-* `moments_of_all` keeps the Gram matrix (or the squared norms) of every layer at once;
+* `moments_of_all` keeps the Gram matrix (or the squared norms) of every layer at once,
+  of large ones what is not above the diagonal;
 * `moments_of_some` is told by flags, layer by layer, where to keep them, so that one
   program serves however many passes: what no flag asks for is not computed, and sites
   of one size share one result.
@@ -22,6 +23,7 @@ import numpy as np
 from jopt.arrays.axes import gather_values, named_sharding
 from jopt.programs import compat, flags, interpret, sites, statistics
 from jopt.programs.handlers import Handler, Use, to_array
+from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
 from jopt.programs.record import inputs_of
 from jopt.programs.targets import Target
@@ -258,9 +260,10 @@ def probe(num_outputs: int) -> jax.Array:
 
 def _measure(kind: Moments, use: Use) -> Any:
     """Keep what meets the weights, and what they are."""
-    is_gram = kind == "gram"
-    statistic = statistics.gram() if is_gram else statistics.norms()
-    moments = statistic.summarize(use)[kind]
+    if kind == "gram":
+        moments = statistics.gram_below(input_matrix(use))
+    else:
+        moments = statistics.norms().summarize(use)[kind]
     site = use.site
     operand = jnp.asarray(to_array(use.weight))
     seen = []

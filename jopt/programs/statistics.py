@@ -99,16 +99,60 @@ def gram() -> Statistic:
 
     def summarize(use: Use) -> Any:
         x = input_matrix(use)
-        gram = jnp.einsum(
-            "bmk,bml->bkl",
-            x,
-            x,
-            precision=jax.lax.Precision.HIGHEST,
-            out_sharding=_on_every_device(x),
-        )
-        return {"gram": gram, "rows": jnp.float32(x.shape[1])}
+        return {"gram": _product(x, x), "rows": jnp.float32(x.shape[1])}
 
     return summed(summarize)
+
+
+def gram_below(x: jax.Array) -> jax.Array:
+    """Return X^T X, of large matrices only what is on the diagonal and below.
+
+    What is above is a copy of what is below, and half of the work; `mirrored` puts it
+    there when all is added up.
+
+    Args:
+        x: float32 [batch, rows, columns].
+
+    Returns:
+        [batch, columns, columns]; above the diagonal there is anything.
+    """
+    columns = x.shape[-1]
+    width = -(-columns // _PARTS)
+    if columns < _LARGE or _on_every_device(x) is not None:
+        return _product(x, x)
+    below = jnp.zeros((x.shape[0], columns, columns), jnp.float32)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        part = _product(x[..., start:stop], x[..., :stop])
+        below = below.at[:, start:stop, :stop].set(part)
+    return below
+
+
+def mirrored(gram: jax.Array) -> jax.Array:
+    """Copy what is below the diagonal to where it is above.
+
+    Args:
+        gram: [..., columns, columns], as `gram_below` returned it, or sums of that.
+
+    Returns:
+        The symmetric matrices.
+    """
+    place = jnp.arange(gram.shape[-1])
+    is_below = place[:, None] >= place[None, :]
+    return jnp.where(is_below, gram, jnp.swapaxes(gram, -1, -2))
+
+
+_PARTS, _LARGE = 8, 1024
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "bmk,bml->bkl",
+        x,
+        y,
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=_on_every_device(x),
+    )
 
 
 def histogram(low: float, high: float, *, num_bins: int = 2048) -> Statistic:
