@@ -1,0 +1,239 @@
+"""Post-training quantization side by side: a GPT on tiny Shakespeare, at 8 to 2 bits.
+
+    python -m experiments.claims.post_training --data-dir FOLDER
+
+The dense GPT of `experiments.claims.one_shot` is trained once (or taken from that
+claim's folder by `--dense`). Then rounding to nearest, HQQ, AWQ (arXiv:2306.00978),
+AutoRound (arXiv:2309.05516) and GPTQ (arXiv:2210.17323) quantize every matrix of its
+layers, not the embeddings and the head, from windows of the training text. Scales are
+bfloat16 and have zero points beside them. What is evaluated is what would ship: the
+packed params, executed on the held-out text; bits are those of codes, scales and zero
+points over the weights.
+
+Started again, the job skips what is finished and trains on from the last checkpoint.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jopt
+from experiments import compress, plots, records
+from experiments.benchmarks import measure
+from experiments.claims import one_shot
+
+NAME = "post_training"
+BITS, GROUPS = (8, 4, 3, 2), (32, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(one_shot.Config):
+    """Options; those of training are those of the one-shot claim."""
+
+    out: Path = Path("runs/post_training")
+    """Where everything goes; started again with the same options it continues."""
+    dense: Path | None = None
+    """The folder of a finished one-shot claim, whose dense model is taken."""
+    methods: tuple[str, ...] = ("rtn", "hqq", "awq", "autoround", "gptq")
+
+
+Quantizer = Callable[["one_shot.Job", jopt.QuantSpec], Any]
+
+
+def calibrated(method: Callable[..., Any], **options: Any) -> Quantizer:
+    """Quantize by a method that takes batches."""
+
+    def go(job: one_shot.Job, spec: jopt.QuantSpec) -> Any:
+        return method(
+            job.apply,
+            job.params,
+            job.calibration,
+            spec,
+            select=one_shot.PRUNED,
+            progress=False,
+            **options,
+        )[0]
+
+    return go
+
+
+def by_hqq(job: one_shot.Job, spec: jopt.QuantSpec) -> Any:
+    """Without any data."""
+    table = jopt.sites(job.apply, job.params, job.calibration[0])
+    return jopt.hqq(job.params, spec, sites=table, select=one_shot.PRUNED)
+
+
+METHODS: dict[str, tuple[str, Quantizer]] = {
+    "rtn": ("to nearest", calibrated(jopt.rtn, errors=False)),
+    "hqq": ("HQQ", by_hqq),
+    "awq": ("AWQ", calibrated(jopt.awq)),
+    "autoround": ("AutoRound", calibrated(jopt.autoround)),
+    "gptq": ("GPTQ", calibrated(jopt.gptq)),
+}
+
+
+def spec_of(bits: int, group: int) -> jopt.QuantSpec:
+    """Return integers with a zero point per group."""
+    return jopt.QuantSpec(
+        getattr(jopt.formats, f"uint{bits}"), group_size=group, symmetric=False
+    )
+
+
+def work(config: Config) -> list[tuple[str, int, int]]:
+    """List (method, bits, group), the dense model first."""
+    unknown = [method for method in config.methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"methods must be among {list(METHODS)}, got {unknown}")
+    rows = [(m, b, g) for b in BITS for g in GROUPS for m in config.methods]
+    return [("dense", 32, 0), *rows]
+
+
+def record_of(out: Path, method: str, bits: int, group: int) -> Path:
+    """Return where a result lies."""
+    return out / "runs" / f"{method}_{bits}_{group}" / "result.json"
+
+
+def run(job: one_shot.Job, method: str, bits: int, group: int) -> dict[str, Any]:
+    """Quantize by one method and evaluate."""
+    packed, start = job.params, time.perf_counter()
+    apply, weight_bits = job.apply, 32.0
+    if method != "dense":
+        packed = METHODS[method][1](job, spec_of(bits, group))
+        jax.block_until_ready(packed)
+        apply = jopt.execute(job.apply)
+        chosen = [
+            leaf
+            for leaf in jax.tree.leaves(packed, is_leaf=is_packed)
+            if is_packed(leaf)
+        ]
+        stored = sum(8 * leaf.nbytes for leaf in chosen)
+        weight_bits = stored / sum(leaf.size for leaf in chosen)
+    seconds = time.perf_counter() - start
+    measured = compress.evaluate(compress.make_predict(apply), packed, job.test)
+    return {
+        "method": method,
+        "bits": bits,
+        "group": group,
+        "bits_per_weight": weight_bits,
+        "loss": measured["loss"],
+        "bits_per_character": measured["bits_per_character"],
+        "seconds": seconds,
+        "test_characters": int(job.test["y"].size),
+        "hardware": measure.hardware(),
+    }
+
+
+def is_packed(leaf: Any) -> bool:
+    """Tell quantized leaves."""
+    return isinstance(leaf, jopt.QuantizedArray)
+
+
+def make_table(results: list[dict[str, Any]]) -> str:
+    """One line per width and group, a column per method."""
+    dense = results[0]
+    methods = [m for m in METHODS if any(r["method"] == m for r in results)]
+    found = {(r["method"], r["bits"], r["group"]): r for r in results}
+    rows = [["float", "32", *[f"{dense['loss']:.4f}"] * len(methods)]]
+    for bits in BITS:
+        for group in GROUPS:
+            mine = [found.get((m, bits, group)) for m in methods]
+            known = [r for r in mine if r is not None]
+            if not known:
+                continue
+            cells = [
+                "-"
+                if r is None
+                else f"{r['loss']:.4f} ({100 * (r['loss'] / dense['loss'] - 1):+.2f} %)"
+                for r in mine
+            ]
+            label = f"{bits} bits, groups of {group}"
+            rows.append([label, f"{known[0]['bits_per_weight']:.2f}", *cells])
+    labels = [METHODS[m][0] for m in methods]
+    return records.markdown(["held-out nats", "bits/weight", *labels], rows)
+
+
+def draw(results: list[dict[str, Any]]) -> Any:
+    """Draw what is lost over the bits of a weight, a line per method."""
+    plt = plots.plt
+    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    dense = results[0]["loss"]
+    colors = ["#999999", "#2166ac", "#762a83", "#e08214", "#1b7837"]
+    for (name, (label, _)), color in zip(METHODS.items(), colors, strict=True):
+        mine = sorted(
+            (r for r in results if r["method"] == name),
+            key=lambda r: r["bits_per_weight"],
+        )
+        # What is lost may be below zero where it is next to nothing.
+        lost = [max(100 * (r["loss"] / dense - 1), 1e-3) for r in mine]
+        axis.plot(
+            [r["bits_per_weight"] for r in mine], lost, "o-", color=color, label=label
+        )
+    axis.axhline(0.5, color="#222222", linestyle=":", label="0.5 %")
+    axis.set_yscale("log")
+    axis.set_xlabel("bits per weight, scales and zero points included")
+    axis.set_ylabel("held-out loss over that of floats, %")
+    axis.legend(frameon=False)
+    plots.clean(axis, "A GPT quantized after training")
+    return figure
+
+
+def summarize(config: Config) -> str:
+    """Write the result, the table and the picture of what is finished."""
+    files = [record_of(config.out, *item) for item in work(config)]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    if not results or results[0]["method"] != "dense":
+        raise ValueError(
+            f"out must hold a finished dense model, got {str(config.out)!r}"
+        )
+    table = make_table(results)
+    loss = {(r["method"], r["bits"], r["group"]): r["loss"] for r in results}
+    summary = {
+        "claim": "post-training quantization side by side",
+        "hardware": results[0]["hardware"],
+        "settings": json.loads((config.out / "settings.json").read_text()),
+        "seeds": 1,
+        "results": results,
+        "gptq_at_4_bits_over_float": {
+            str(group): loss["gptq", 4, group] / results[0]["loss"] - 1
+            for group in GROUPS
+            if ("gptq", 4, group) in loss
+        },
+    }
+    records.write_json(config.out / f"{NAME}.json", summary)
+    records.write_atomically(config.out / f"{NAME}.md", table + "\n")
+    figure = draw(results)
+    figure.savefig(config.out / f"{NAME}.png", dpi=110)
+    plots.plt.close(figure)
+    return table
+
+
+def main(config: Config) -> None:
+    """Train and quantize what is not finished, then show everything."""
+    if not config.summarize:
+        settings = dataclasses.asdict(config)
+        for key in ("out", "dense", "data_dir", "methods", "save_every", "summarize"):
+            del settings[key]
+        settings["data"] = config.data_dir and config.data_dir.name
+        records.claim_folder(config.out, settings)
+        job = one_shot.Job(config)
+        if config.dense is not None:
+            job.params = jopt.restore(config.dense / "dense")["params"]
+        else:
+            job.train()
+        for item in work(config):
+            record = record_of(config.out, *item)
+            if not record.exists():
+                records.say("{} {} bits, groups of {}".format(*item))
+                result = run(job, *item)
+                records.write_json(record, result)
+                records.say(f"  {result['loss']:.4f} nats")
+    print(summarize(config))
+
+
+if __name__ == "__main__":
+    records.run(main, Config, __doc__)
