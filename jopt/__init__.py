@@ -18,7 +18,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq and rtn
+                  sparsegpt and wanda; gptq, awq and rtn
     a loss        distillation
 """
 
@@ -72,6 +72,7 @@ from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import QuantizationReport as QuantizationReport
+from jopt.quantization import awq as awq
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize

@@ -22,6 +22,7 @@ import numpy as np
 from jopt.arrays.axes import gather_values, named_sharding
 from jopt.programs import compat, flags, interpret, sites, statistics
 from jopt.programs.handlers import Handler, Use, to_array
+from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
 from jopt.programs.record import inputs_of
 from jopt.programs.targets import Target
@@ -32,9 +33,26 @@ from jopt.programs.weights import (
     weight_matrix,
 )
 
-Moments = Literal["gram", "squares"]
+# "magnitudes" is the Gram matrix with one more row below it, the sums of |x|.
+Moments = Literal["gram", "magnitudes", "squares"]
 Pass = Callable[[Any, Any, Any], Any]
 Found = dict[str, jax.Array]
+
+
+def moments_shape(kind: Moments, batch: int, columns: int) -> tuple[int, ...]:
+    """Return the shape of the moments of one layer.
+
+    Args:
+        kind: of moments.
+        batch: entries of the layer.
+        columns: of its inputs.
+
+    Returns:
+        The shape, the batch first.
+    """
+    if kind == "squares":
+        return batch, columns
+    return batch, columns + (kind == "magnitudes"), columns
 
 
 def total(
@@ -258,9 +276,13 @@ def probe(num_outputs: int) -> jax.Array:
 
 def _measure(kind: Moments, use: Use) -> Any:
     """Keep what meets the weights, and what they are."""
-    is_gram = kind == "gram"
-    statistic = statistics.gram() if is_gram else statistics.norms()
-    moments = statistic.summarize(use)[kind]
+    if kind == "squares":
+        moments = statistics.norms().summarize(use)["squares"]
+    else:
+        moments = statistics.gram().summarize(use)["gram"]
+    if kind == "magnitudes":
+        sums = jnp.sum(jnp.abs(input_matrix(use)), axis=1, keepdims=True)
+        moments = jnp.concatenate([moments, gather_values(sums)], axis=1)
     site = use.site
     operand = jnp.asarray(to_array(use.weight))
     seen = []

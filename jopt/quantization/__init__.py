@@ -17,6 +17,7 @@ from jopt.quantization.execute import execute as execute
 from jopt.quantization.fake import fake_quantize as fake_quantize
 from jopt.quantization.folding import fold_batch_norm as fold_batch_norm
 from jopt.quantization.layer_report import QuantizationReport as QuantizationReport
+from jopt.quantization.post_training import awq as awq
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn
 from jopt.quantization.state import QuantizeState as QuantizeState

@@ -64,6 +64,8 @@ class Method(NamedTuple):
         order: `(squares, **options)` to the inputs in the order in which `prepared` has
             them; None for as they are.
         options: further arguments.
+        has_own_scales: whether it gives outputs other scales than rounding to nearest,
+            so that they cannot share one.
     """
 
     name: str
@@ -72,13 +74,15 @@ class Method(NamedTuple):
     prepare: Callable[..., jax.Array] | None = None
     order: Callable[..., jax.Array] | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    has_own_scales: bool = False
 
 
 class Inputs(NamedTuple):
     """What is known of the inputs of one layer.
 
     Attributes:
-        prepared: `[batch, columns, columns]`, None where only squares are kept.
+        prepared: `[batch, columns, columns]`, None where only squares are kept; of
+            magnitudes with their row below.
         squares: `[batch, columns]`, of the norm of each input.
     """
 
@@ -125,7 +129,7 @@ def prepare(moments: jax.Array, *, method: Method) -> Inputs:
     """Get ready what the matrices that read one input share.
 
     Args:
-        moments: `[batch, columns, columns]`, used up; or squares `[batch, columns]`.
+        moments: as `moments_shape` says, used up if they are no squares.
         method: what will be done.
 
     Returns:
