@@ -20,7 +20,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a tree        quantize, dequantize; cluster, get_codebooks, set_codebooks
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq and rtn
+                  sparsegpt and wanda; gptq, awq and rtn
     generation    init_cache, KeyValueCache
     a loss        distillation
 """
@@ -78,6 +78,7 @@ from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import KeyValueCache as KeyValueCache
 from jopt.quantization import QuantizationReport as QuantizationReport
+from jopt.quantization import awq as awq
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import cluster as cluster
 from jopt.quantization import cluster_weights as cluster_weights

@@ -78,7 +78,7 @@ def run_in_order(
         values = passes.asked(targets, asked[0], asked, step.layer)
         found = passes.total(observe, work.params, batches, values)
         _, batch, columns, _ = asked[0].layout.sizes
-        shape = (batch, columns, columns) if kind == "gram" else (batch, columns)
+        shape = passes.moments_shape(kind, batch, columns)
         inputs = work.prepare(found["moments"].pop(str(shape)))
         for i in active:
             seen = passes.seen_by(targets[i], found["seen"])

@@ -34,9 +34,26 @@ from jopt.programs.weights import (
     weight_matrix,
 )
 
-Moments = Literal["gram", "squares"]
+# "magnitudes" is the Gram matrix with one more row below it, the sums of |x|.
+Moments = Literal["gram", "magnitudes", "squares"]
 Pass = Callable[[Any, Any, Any], Any]
 Found = dict[str, jax.Array]
+
+
+def moments_shape(kind: Moments, batch: int, columns: int) -> tuple[int, ...]:
+    """Return the shape of the moments of one layer.
+
+    Args:
+        kind: of moments.
+        batch: entries of the layer.
+        columns: of its inputs.
+
+    Returns:
+        The shape, the batch first.
+    """
+    if kind == "squares":
+        return batch, columns
+    return batch, columns + (kind == "magnitudes"), columns
 
 
 def total(
@@ -260,10 +277,13 @@ def probe(num_outputs: int) -> jax.Array:
 
 def _measure(kind: Moments, use: Use) -> Any:
     """Keep what meets the weights, and what they are."""
-    if kind == "gram":
-        moments = statistics.gram_below(input_matrix(use))
+    if kind == "squares":
+        moments = statistics.norms().summarize(use)["squares"]
     else:
-        moments = statistics.norms().summarize(use)[kind]
+        moments = statistics.gram_below(input_matrix(use))
+    if kind == "magnitudes":
+        sums = jnp.sum(jnp.abs(input_matrix(use)), axis=1, keepdims=True)
+        moments = jnp.concatenate([moments, gather_values(sums)], axis=1)
     site = use.site
     operand = jnp.asarray(to_array(use.weight))
     seen = []

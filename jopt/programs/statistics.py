@@ -132,14 +132,18 @@ def mirrored(gram: jax.Array) -> jax.Array:
     """Copy what is below the diagonal to where it is above.
 
     Args:
-        gram: [..., columns, columns], as `gram_below` returned it, or sums of that.
+        gram: [..., columns, columns], as `gram_below` returned it, or sums of that;
+            further rows stay as they are.
 
     Returns:
         The symmetric matrices.
     """
-    place = jnp.arange(gram.shape[-1])
+    size = gram.shape[-1]
+    square, rest = gram[..., :size, :], gram[..., size:, :]
+    place = jnp.arange(size)
     is_below = place[:, None] >= place[None, :]
-    return jnp.where(is_below, gram, jnp.swapaxes(gram, -1, -2))
+    whole = jnp.where(is_below, square, jnp.swapaxes(square, -1, -2))
+    return jnp.concatenate([whole, rest], axis=-2) if rest.shape[-2] else whole
 
 
 _PARTS, _LARGE = 8, 1024

@@ -7,9 +7,9 @@ of its scale), `snapping` and `weights` (training on the grid), `dorefa`, `conve
 (float trees to quantized trees), `operands` (what is rounded at a site), `observers`
 and `calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and `fake`
 (quantization-aware functions), `products`, `microscaled` and `execute` (codes times
-codes), `folding` (norms into weights); `layer_solving`, `layer_report`, `layers` and
-`post_training` (quantization with calibration data), each method's matrix in a file of
-its name, such as `gptq`; `cache` (keys and values of attention, stored by
+codes), `folding` (norms into weights); `layer_scales`, `layer_solving`, `layer_report`,
+`layers` and `post_training` (quantization with calibration data), each method's matrix
+in a file of its name, such as `gptq`; `cache` (keys and values of attention, stored by
 `cache_storage`), `clusters` and `cluster_weights` (shared values). One array's formats
 and steps are in `jopt.arrays`.
 """
@@ -30,6 +30,7 @@ from jopt.quantization.fake import fake_quantize as fake_quantize
 from jopt.quantization.folding import fold_batch_norm as fold_batch_norm
 from jopt.quantization.freezing import freeze as freeze
 from jopt.quantization.layer_report import QuantizationReport as QuantizationReport
+from jopt.quantization.post_training import awq as awq
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn
 from jopt.quantization.state import QuantizeState as QuantizeState

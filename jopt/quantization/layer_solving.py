@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.codes import compute_codes, compute_levels, scale_levels
 from jopt.arrays.gram_errors import squared_norms
-from jopt.arrays.scales import Scale, spread_groups
+from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.layouts import Layout
 from jopt.programs.passes import Moments, is_met
@@ -34,6 +34,7 @@ from jopt.programs.spread import (
 )
 from jopt.programs.statistics import mirrored
 from jopt.programs.targets import Target
+from jopt.quantization.layer_scales import layer_scale
 
 
 class Solved(NamedTuple):
@@ -66,6 +67,8 @@ class Method(NamedTuple):
         order: `(squares, **options)` to the inputs in the order in which `prepared` has
             them; None for as they are.
         options: further arguments.
+        has_own_scales: whether it gives outputs other scales than rounding to nearest,
+            so that they cannot share one.
     """
 
     name: str
@@ -74,13 +77,15 @@ class Method(NamedTuple):
     prepare: Callable[..., jax.Array] | None = None
     order: Callable[..., jax.Array] | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    has_own_scales: bool = False
 
 
 class Inputs(NamedTuple):
     """What is known of the inputs of one layer.
 
     Attributes:
-        prepared: `[batch, columns, columns]`, None where only squares are kept.
+        prepared: `[batch, columns, columns]`, None where only squares are kept; of
+            magnitudes with their row below.
         squares: `[batch, columns]`, of the norm of each input.
     """
 
@@ -129,7 +134,7 @@ def prepare(moments: jax.Array, *, method: Method) -> Inputs:
     """Get ready what the matrices that read one input share.
 
     Args:
-        moments: `[batch, columns, columns]`, used up; or squares `[batch, columns]`.
+        moments: as `moments_shape` says, used up if they are no squares.
         method: what will be done.
 
     Returns:
@@ -292,107 +297,3 @@ _anew = jax.jit(_quantize_layer, static_argnames=_STATIC, donate_argnames="codes
 _in_place = jax.jit(
     _quantize_layer, static_argnames=_STATIC, donate_argnames=("leaf", "codes")
 )
-
-
-def layer_scale(
-    static: Scale,
-    shape: tuple[int, ...],
-    layout: Layout,
-    spec: QuantSpec,
-    layer: Any,
-) -> Scale:
-    """Take the scales of one layer's matrices out of those of a leaf.
-
-    Args:
-        static: scales of the leaf.
-        shape: of the leaf.
-        layout: of its matrices.
-        spec: of the leaf.
-        layer: which layer.
-
-    Returns:
-        Fields `[batch, groups, outputs]`; outer scales `[batch, 1, outputs]`.
-    """
-    num_layers, _, columns, _ = layout.sizes
-    width = spec.group_size or columns
-
-    def of(field: jax.Array, every: int) -> jax.Array:
-        spread = jnp.broadcast_to(spread_groups(field, shape), shape)
-        matrices = layout.to_matrices(spread)
-        one = matrices[0] if num_layers == 1 else matrices[layer]
-        return one[:, ::every]
-
-    scale, zero_point, outer = static
-    return Scale(
-        of(scale, width),
-        None if zero_point is None else of(zero_point, width),
-        None if outer is None else of(outer, columns),
-    )
-
-
-def leaf_scale(
-    static: Scale,
-    shape: tuple[int, ...],
-    layout: Layout,
-    spec: QuantSpec,
-    layers: dict[int, Scale],
-) -> Scale:
-    """Put the scales of layers in the place of those of rounding to nearest.
-
-    Args:
-        static: scales of the leaf.
-        shape: of the leaf.
-        layout: of its matrices.
-        spec: of the leaf.
-        layers: layer to fields `[batch, groups, outputs]`.
-
-    Returns:
-        The scales of the leaf.
-    """
-    columns = layout.sizes[2]
-
-    def of(before: jax.Array, own: dict[int, jax.Array]) -> jax.Array:
-        spread = jnp.broadcast_to(spread_groups(before, shape), shape)
-        matrices = layout.to_matrices(spread)
-        for layer, values in own.items():
-            wide = jnp.repeat(values, columns // values.shape[1], axis=1)
-            matrices = matrices.at[layer].set(wide.astype(matrices.dtype))
-        whole = layout.from_matrices(matrices, spread)
-        steps = [n // kept for n, kept in zip(shape, before.shape, strict=True)]
-        return whole[tuple(slice(None, None, step) for step in steps)]
-
-    fields = [
-        None
-        if before is None
-        else of(before, {layer: scale[i] for layer, scale in layers.items()})  # type: ignore[misc]
-        for i, before in enumerate(static)
-    ]
-    return Scale(*fields)  # type: ignore[arg-type]
-
-
-def leaf_input_scale(
-    shape: tuple[int, ...], layout: Layout, layers: dict[int, jax.Array]
-) -> jax.Array:
-    """Put the input scales of layers together.
-
-    Args:
-        shape: of the leaf.
-        layout: of its matrices.
-        layers: layer to `[batch, columns]`.
-
-    Returns:
-        float32 of the leaf's rank, of size 1 along the outputs, where they are axes of
-        their own.
-    """
-    ones = jnp.ones(shape, jnp.float32)
-    matrices = layout.to_matrices(ones)
-    for layer, values in layers.items():
-        matrices = matrices.at[layer].set(values[..., None])
-    whole = layout.from_matrices(matrices, ones)
-    inner = {atom.axis for group in layout.groups[:3] for atom in group}
-    return whole[
-        tuple(
-            slice(None) if axis in inner or not layout.is_whole else slice(0, 1)
-            for axis in range(len(shape))
-        )
-    ]

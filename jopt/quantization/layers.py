@@ -9,7 +9,7 @@ import numpy as np
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
 from jopt.arrays.scales import Scale, compute_range, compute_scale
-from jopt.arrays.specs import QuantSpec, group_axis
+from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
 from jopt.programs import flags, passes, sites
 from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
 from jopt.programs.record import inputs_of, require_batches, track
@@ -21,13 +21,12 @@ from jopt.quantization.layer_report import (
     QuantizedRow,
     decibels,
 )
+from jopt.quantization.layer_scales import leaf_input_scale, leaf_scale
 from jopt.quantization.layer_solving import (
     Facts,
     Inputs,
     Method,
     Solved,
-    leaf_input_scale,
-    leaf_scale,
     prepare,
     quantize_layer,
 )
@@ -222,9 +221,13 @@ def quantize_layers(
             f"{method.name} must have something to quantize, got no leaf that it can "
             f"({listed or 'none is selected'}); choose others with select"
         )
+    if method.has_own_scales:
+        for target in targets:
+            _check_outputs(target, method)
     work = _Work(method, params, targets, left, errors=errors)
     steps = steps_of(analysis, targets)
-    kind: passes.Moments = "gram" if errors else method.moments
+    is_enough = not errors or method.moments != "squares"
+    kind: passes.Moments = method.moments if is_enough else "gram"
     if error_propagation:
         label = f"quantizing by {method.name}"
         run_in_order(
@@ -260,6 +263,20 @@ def _targets(
     for target in targets:
         _check_grid(target)
     return targets, left
+
+
+def _check_outputs(target: Target, method: Method) -> None:
+    """Raise if outputs share a scale, so that none can have the scale that it needs."""
+    shape, spec = target.layout.shape, target.goal
+    kept = scale_shape(shape, spec, path=target.path)
+    rest = {a.axis for group in target.layout.groups for a in group}
+    rest -= {a.axis for a in target.layout.groups[2]}
+    if any(kept[axis] != shape[axis] for axis in rest):
+        raise ValueError(
+            f"axis must keep a scale per output of {target.path!r} for {method.name}, "
+            f"got {spec} for shape {shape}, whose outputs are axes {sorted(rest)}; "
+            "leave axis out"
+        )
 
 
 def _check_grid(target: Target) -> None:
