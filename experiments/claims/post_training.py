@@ -3,12 +3,11 @@
     python -m experiments.claims.post_training --data-dir FOLDER
 
 The dense GPT of `experiments.claims.one_shot` is trained once (or taken from that
-claim's folder by `--dense`). Then rounding to nearest, HQQ, AWQ (arXiv:2306.00978),
-AutoRound (arXiv:2309.05516) and GPTQ (arXiv:2210.17323) quantize every matrix of its
-layers, not the embeddings and the head, from windows of the training text. Scales are
-bfloat16 and have zero points beside them. What is evaluated is what would ship: the
-packed params, executed on the held-out text; bits are those of codes, scales and zero
-points over the weights.
+claim's folder by `--dense`). Then rounding to nearest, AWQ (arXiv:2306.00978) and GPTQ
+(arXiv:2210.17323) quantize every matrix of its layers, not the embeddings and the head,
+from windows of the training text. Scales are bfloat16 and have zero points beside them.
+What is evaluated is what would ship: the packed params, executed on the held-out text;
+bits are those of codes, scales and zero points over the weights.
 
 Started again, the job skips what is finished and trains on from the last checkpoint.
 """
@@ -28,7 +27,6 @@ from experiments.benchmarks import measure
 from experiments.claims import one_shot
 
 NAME = "post_training"
-BITS, GROUPS = (8, 4, 3, 2), (32, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Config(one_shot.Config):
     """Where everything goes; started again with the same options it continues."""
     dense: Path | None = None
     """The folder of a finished one-shot claim, whose dense model is taken."""
-    methods: tuple[str, ...] = ("rtn", "hqq", "awq", "autoround", "gptq")
+    methods: tuple[str, ...] = ("rtn", "awq", "gptq")
+    bits: tuple[int, ...] = (8, 4, 3, 2)
+    groups: tuple[int, ...] = (32, 128)
 
 
 Quantizer = Callable[["one_shot.Job", jopt.QuantSpec], Any]
@@ -62,17 +62,9 @@ def calibrated(method: Callable[..., Any], **options: Any) -> Quantizer:
     return go
 
 
-def by_hqq(job: one_shot.Job, spec: jopt.QuantSpec) -> Any:
-    """Without any data."""
-    table = jopt.sites(job.apply, job.params, job.calibration[0])
-    return jopt.hqq(job.params, spec, sites=table, select=one_shot.PRUNED)
-
-
 METHODS: dict[str, tuple[str, Quantizer]] = {
     "rtn": ("to nearest", calibrated(jopt.rtn, errors=False)),
-    "hqq": ("HQQ", by_hqq),
     "awq": ("AWQ", calibrated(jopt.awq)),
-    "autoround": ("AutoRound", calibrated(jopt.autoround)),
     "gptq": ("GPTQ", calibrated(jopt.gptq)),
 }
 
@@ -89,7 +81,9 @@ def work(config: Config) -> list[tuple[str, int, int]]:
     unknown = [method for method in config.methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods must be among {list(METHODS)}, got {unknown}")
-    rows = [(m, b, g) for b in BITS for g in GROUPS for m in config.methods]
+    rows = [
+        (m, b, g) for b in config.bits for g in config.groups for m in config.methods
+    ]
     return [("dense", 32, 0), *rows]
 
 
@@ -139,20 +133,17 @@ def make_table(results: list[dict[str, Any]]) -> str:
     methods = [m for m in METHODS if any(r["method"] == m for r in results)]
     found = {(r["method"], r["bits"], r["group"]): r for r in results}
     rows = [["float", "32", *[f"{dense['loss']:.4f}"] * len(methods)]]
-    for bits in BITS:
-        for group in GROUPS:
-            mine = [found.get((m, bits, group)) for m in methods]
-            known = [r for r in mine if r is not None]
-            if not known:
-                continue
-            cells = [
-                "-"
-                if r is None
-                else f"{r['loss']:.4f} ({100 * (r['loss'] / dense['loss'] - 1):+.2f} %)"
-                for r in mine
-            ]
-            label = f"{bits} bits, groups of {group}"
-            rows.append([label, f"{known[0]['bits_per_weight']:.2f}", *cells])
+    for bits, group in dict.fromkeys((r["bits"], r["group"]) for r in results[1:]):
+        mine = [found.get((m, bits, group)) for m in methods]
+        stored = next(r["bits_per_weight"] for r in mine if r is not None)
+        cells = [
+            "-"
+            if r is None
+            else f"{r['loss']:.4f} ({100 * (r['loss'] / dense['loss'] - 1):+.2f} %)"
+            for r in mine
+        ]
+        label = f"{bits} bits, groups of {group}"
+        rows.append([label, f"{stored:.2f}", *cells])
     labels = [METHODS[m][0] for m in methods]
     return records.markdown(["held-out nats", "bits/weight", *labels], rows)
 
@@ -162,7 +153,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
     plt = plots.plt
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     dense = results[0]["loss"]
-    colors = ["#999999", "#2166ac", "#762a83", "#e08214", "#1b7837"]
+    colors = ["#999999", "#2166ac", "#1b7837"]
     for (name, (label, _)), color in zip(METHODS.items(), colors, strict=True):
         mine = sorted(
             (r for r in results if r["method"] == name),
@@ -200,7 +191,7 @@ def summarize(config: Config) -> str:
         "results": results,
         "gptq_at_4_bits_over_float": {
             str(group): loss["gptq", 4, group] / results[0]["loss"] - 1
-            for group in GROUPS
+            for group in config.groups
             if ("gptq", 4, group) in loss
         },
     }
@@ -216,7 +207,9 @@ def main(config: Config) -> None:
     """Train and quantize what is not finished, then show everything."""
     if not config.summarize:
         settings = dataclasses.asdict(config)
-        for key in ("out", "dense", "data_dir", "methods", "save_every", "summarize"):
+        for key in ("out", "dense", "data_dir", "save_every", "summarize"):
+            del settings[key]
+        for key in ("methods", "bits", "groups"):  # may grow
             del settings[key]
         settings["data"] = config.data_dir and config.data_dir.name
         records.claim_folder(config.out, settings)
