@@ -74,6 +74,7 @@ from jopt.pruning import wanda as wanda
 from jopt.quantization import QuantizationReport as QuantizationReport
 from jopt.quantization import awq as awq
 from jopt.quantization import calibrate as calibrate
+from jopt.quantization import equalize as equalize
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
@@ -83,6 +84,7 @@ from jopt.quantization import observers as observers
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.quantization import rtn as rtn
+from jopt.quantization import smooth as smooth
 from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore

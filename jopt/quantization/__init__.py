@@ -13,6 +13,8 @@ array's formats and steps are in `jopt.arrays`.
 
 from jopt.quantization.calibration import calibrate as calibrate
 from jopt.quantization.conversion import quantize as quantize
+from jopt.quantization.equalization import EqualizationReport as EqualizationReport
+from jopt.quantization.equalization import equalize as equalize
 from jopt.quantization.execute import execute as execute
 from jopt.quantization.fake import fake_quantize as fake_quantize
 from jopt.quantization.folding import fold_batch_norm as fold_batch_norm
@@ -20,6 +22,9 @@ from jopt.quantization.layer_report import QuantizationReport as QuantizationRep
 from jopt.quantization.post_training import awq as awq
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn
+from jopt.quantization.smoothing import Smoothed as Smoothed
+from jopt.quantization.smoothing import SmoothingReport as SmoothingReport
+from jopt.quantization.smoothing import smooth as smooth
 from jopt.quantization.state import QuantizeState as QuantizeState
 from jopt.quantization.state import get_scales as get_scales
 from jopt.quantization.weights import quantize_weights as quantize_weights
