@@ -18,7 +18,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq, awq and rtn
+                  sparsegpt and wanda; gptq, awq and rtn;
+                  equalize, smooth and correct_bias
     a loss        distillation
 """
 
@@ -74,6 +75,7 @@ from jopt.pruning import wanda as wanda
 from jopt.quantization import QuantizationReport as QuantizationReport
 from jopt.quantization import awq as awq
 from jopt.quantization import calibrate as calibrate
+from jopt.quantization import correct_bias as correct_bias
 from jopt.quantization import equalize as equalize
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize

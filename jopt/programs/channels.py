@@ -125,15 +125,7 @@ def _group(
     if not walk.read:
         raise Stop("no product reads its outputs")
     walk.check()
-    made = []
-    for i, view in seeds.items():
-        whole = views.whole(i, shapes[i])
-        found = [
-            p
-            for a, b in zip(view.dims, whole.dims, strict=True)
-            for p in matching.pair(a, b)
-        ]
-        made.append(matching.link(found, view, shape, whole, shapes[i]))
+    made = [matching.link_whole(view, shape, i, shapes[i]) for i, view in seeds.items()]
     size = int(np.prod(shape))
     name = None if site is None else site.name
     return Group(size, name, tuple(made), tuple(walk.read.values()), tuple(walk.sites))
@@ -178,8 +170,8 @@ class Follow:
             NeedsLeaf: a further leaf must be scaled.
         """
         body = self._analysis.traced.body
-        views = [self._seeds.get(i) for i in range(len(body.invars))]
-        if any(self._body(body, views, ())):
+        given = [self._seeds.get(i) for i in range(len(body.invars))]
+        if any(self._body(body, given, ())):
             raise Stop("it is part of what the function returns")
 
     def check(self) -> None:

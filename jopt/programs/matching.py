@@ -135,7 +135,8 @@ def link(
     ]
     if any(start is None for start in factors.starts):
         raise NoMatchError("which channels are read shows only as the program runs")
-    grid = np.indices([a.size for a, _ in pairs]).reshape(len(pairs), -1)
+    counts = [a.size for a, _ in pairs]
+    grid = np.indices(counts).reshape(len(counts), math.prod(counts))
     channel = [np.full(grid.shape[1:], start) for start in factors.starts]
     place = [
         np.full(grid.shape[1:], view.starts[a] or 0) for a in range(len(leaf_shape))
@@ -149,6 +150,27 @@ def link(
     index = np.full(sizes, -1, np.int32)
     index[tuple(place)] = np.ravel_multi_index(tuple(channel), tuple(shape))
     return Link(view.leaf, index)
+
+
+def link_whole(
+    factors: View, shape: Sequence[int], leaf: int, leaf_shape: Sequence[int]
+) -> Link:
+    """Say which channel each element of a leaf has, given its view of the factors.
+
+    Args:
+        factors: as the leaf has them.
+        shape: of the channels.
+        leaf: its position.
+        leaf_shape: its shape.
+
+    Returns:
+        The link.
+    """
+    whole = views.whole(leaf, leaf_shape)
+    pairs: Pairs = []
+    for a, b in zip(factors.dims, whole.dims, strict=True):
+        pairs += pair(a, b)
+    return link(pairs, factors, shape, whole, leaf_shape)
 
 
 def spread(pairs: Pairs, factors: View, view: View, leaf_shape: Sequence[int]) -> View:

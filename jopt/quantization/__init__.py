@@ -5,12 +5,16 @@ on the grid remembers), `learned` (gradients of a clipped grid and of its scale)
 `weights` (training on the grid), `conversion` (float trees to quantized trees),
 `operands` (what is rounded at a site), `observers` and `calibration` (static ranges),
 `learned_ranges`, `arguments` and `fake` (quantization-aware functions), `products`,
-`microscaled` and `execute` (codes times codes), `folding` (norms into weights);
+`microscaled` and `execute` (codes times codes), `folding` (norms into weights),
+`factors` and `input_factors` (numbers per channel), `equalization` and `smoothing`
+(factors moved between leaves), `bias_correction`;
 `layer_solving`, `layer_report`, `layers` and `post_training` (quantization with
 calibration data), each method's matrix in a file of its name, such as `gptq`. One
 array's formats and steps are in `jopt.arrays`.
 """
 
+from jopt.quantization.bias_correction import BiasReport as BiasReport
+from jopt.quantization.bias_correction import correct_bias as correct_bias
 from jopt.quantization.calibration import calibrate as calibrate
 from jopt.quantization.conversion import quantize as quantize
 from jopt.quantization.equalization import EqualizationReport as EqualizationReport
