@@ -20,7 +20,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a tree        quantize, dequantize; cluster, get_codebooks, set_codebooks
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq, awq and rtn
+                  sparsegpt and wanda; gptq, awq and rtn;
+                  equalize, smooth and correct_bias
     generation    init_cache, KeyValueCache
     a loss        distillation
 """
@@ -82,7 +83,9 @@ from jopt.quantization import awq as awq
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import cluster as cluster
 from jopt.quantization import cluster_weights as cluster_weights
+from jopt.quantization import correct_bias as correct_bias
 from jopt.quantization import dorefa as dorefa
+from jopt.quantization import equalize as equalize
 from jopt.quantization import execute as execute
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
@@ -98,6 +101,7 @@ from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.quantization import rtn as rtn
 from jopt.quantization import set_codebooks as set_codebooks
+from jopt.quantization import smooth as smooth
 from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore

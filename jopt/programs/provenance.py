@@ -38,12 +38,14 @@ class Walk:
     Attributes:
         sites: in program order, not yet named.
         other_uses: leaf to the primitives that consume it outside of sites.
+        flows: key of a body to its variables, and what they come from.
     """
 
     def __init__(self, leaf_shapes: Sequence[tuple[int, ...]], *, inline: bool) -> None:
         self.sites: list[Site] = []
         self._known: dict[Any, tuple[Any, Any]] = {}
         self.other_uses: dict[int, dict[str, None]] = {}
+        self.flows: dict[Key, dict[Any, Flow]] = {}
         self._shapes = leaf_shapes
         self._inline = inline
 
@@ -74,6 +76,7 @@ class Walk:
             results, flops = self._eqn(eqn, operands, place, i)
             env.update(zip(eqn.outvars, results, strict=True))
             total += flops
+        self.flows[place.key] = env
         return [_read(env, var) for var in body.outvars], total
 
     def _eqn(

@@ -26,7 +26,7 @@ import rich.table
 import rich.text
 
 from jopt.programs import bodies, compat, flags, provenance, views
-from jopt.programs.flows import DATA, Flow
+from jopt.programs.flows import DATA, Flow, Key
 from jopt.programs.operations import Site
 from jopt.trees import paths, report
 
@@ -133,10 +133,12 @@ class Analysis:
     Attributes:
         traced: the program.
         table: its sites.
+        flows: key of a body to its variables, and what they come from.
     """
 
     traced: bodies.Traced
     table: SiteTable
+    flows: Mapping[Key, Mapping[Any, Flow]]
 
 
 def analyse(
@@ -187,7 +189,7 @@ def analyse(
         {names[leaf]: tuple(uses) for leaf, uses in walk.other_uses.items()},
         flops,
     )
-    return Analysis(traced, table)
+    return Analysis(traced, table, walk.flows)
 
 
 def _named(sites: list[Site], names: list[str]) -> tuple[Site, ...]:

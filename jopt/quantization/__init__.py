@@ -7,13 +7,17 @@ of its scale), `snapping` and `weights` (training on the grid), `dorefa`, `conve
 (float trees to quantized trees), `operands` (what is rounded at a site), `observers`
 and `calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and `fake`
 (quantization-aware functions), `products`, `microscaled` and `execute` (codes times
-codes), `folding` (norms into weights); `layer_scales`, `layer_solving`, `layer_report`,
-`layers` and `post_training` (quantization with calibration data), each method's matrix
-in a file of its name, such as `gptq`; `cache` (keys and values of attention, stored by
+codes), `folding` (norms into weights), `factors` and `input_factors` (numbers per
+channel), `equalization` and `smoothing` (factors moved between leaves),
+`bias_correction`; `layer_scales`, `layer_solving`, `layer_report`, `layers` and
+`post_training` (quantization with calibration data), each method's matrix in a file of
+its name, such as `gptq`; `cache` (keys and values of attention, stored by
 `cache_storage`), `clusters` and `cluster_weights` (shared values). One array's formats
 and steps are in `jopt.arrays`.
 """
 
+from jopt.quantization.bias_correction import BiasReport as BiasReport
+from jopt.quantization.bias_correction import correct_bias as correct_bias
 from jopt.quantization.cache import CacheView as CacheView
 from jopt.quantization.cache import KeyValueCache as KeyValueCache
 from jopt.quantization.cache import init_cache as init_cache
@@ -25,6 +29,8 @@ from jopt.quantization.clusters import get_codebooks as get_codebooks
 from jopt.quantization.clusters import set_codebooks as set_codebooks
 from jopt.quantization.conversion import quantize as quantize
 from jopt.quantization.dorefa import dorefa as dorefa
+from jopt.quantization.equalization import EqualizationReport as EqualizationReport
+from jopt.quantization.equalization import equalize as equalize
 from jopt.quantization.execute import execute as execute
 from jopt.quantization.fake import fake_quantize as fake_quantize
 from jopt.quantization.folding import fold_batch_norm as fold_batch_norm
@@ -33,6 +39,9 @@ from jopt.quantization.layer_report import QuantizationReport as QuantizationRep
 from jopt.quantization.post_training import awq as awq
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn
+from jopt.quantization.smoothing import Smoothed as Smoothed
+from jopt.quantization.smoothing import SmoothingReport as SmoothingReport
+from jopt.quantization.smoothing import smooth as smooth
 from jopt.quantization.state import QuantizeState as QuantizeState
 from jopt.quantization.state import get_scales as get_scales
 from jopt.quantization.weights import quantize_weights as quantize_weights

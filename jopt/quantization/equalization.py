@@ -1,0 +1,175 @@
+"""Cross-layer equalization: paired channels get one range, without any data.
+
+    x = f(z W + b),  y = x V:    W / s, b / s, s V     s = sqrt(r_W r_V) / r_V
+
+with r_W, r_V the largest weight of a channel on either side, both of which are
+sqrt(r_W r_V) afterwards. The function stays what it was, to rounding, because f passes
+positive factors on. A chain is gone through again until nothing moves.
+
+Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
+arXiv:1906.04721.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jopt.programs import channels, sites
+from jopt.programs.channels import Group
+from jopt.programs.sites import SiteTable
+from jopt.quantization.factors import channel_max, require_floats, scale_leaves
+from jopt.trees.layer_report import LayerReport
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualizedRow:
+    """One pair of layers.
+
+    Attributes:
+        name: of the site whose outputs are scaled.
+        next: names of the sites that read them, joined by commas.
+        channels: their number.
+        before: the largest ratio of the ranges of a channel on the two sides, the
+            larger over the smaller.
+        after: the same, afterwards; 1 where all are equal.
+        error: None: the function is what it was.
+    """
+
+    name: str
+    next: str
+    channels: int
+    before: float
+    after: float
+    error: float | None = None
+
+    def cells(self) -> Mapping[str, str]:
+        """What the table shows, by the names of columns."""
+        return {
+            "next": self.next,
+            "channels": str(self.channels),
+            "ratio before": f"{self.before:.4g}",
+            "after": f"{self.after:.4g}",
+        }
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EqualizationReport(LayerReport[EqualizedRow]):
+    """The pairs of layers that were equalized, and what was left alone."""
+
+
+def equalize(
+    apply: Any,
+    params: Any,
+    inputs: Any,
+    *,
+    max_rounds: int = 100,
+    tolerance: float = 1e-4,
+) -> tuple[Any, EqualizationReport]:
+    """Equalize the ranges of channels between layers, without data.
+
+    s = sqrt(r_W r_V) / r_V:   W / s, b / s | s V
+
+    Pairs are found in the program: what lies between may be nothing, relu or leaky
+    relu, pooling, reshapes, dropout masks, a gate, attention over values; depthwise
+    convolutions, stacked layers and several readers are pairs as well. Everything that
+    is added on the way (biases) is scaled too. A BatchNorm between two layers is folded
+    first: `jopt.fold_batch_norm`.
+
+    Args:
+        apply: a pure function `apply(params, *inputs)`.
+        params: its parameters, any tree of float arrays.
+        inputs: one batch, or its shapes: a tuple of inputs, or a single one.
+        max_rounds: how often the pairs are gone through at most.
+        tolerance: until no factor is further from 1 than this.
+
+    Returns:
+        `(params, report)`: the params of the same function, and a row per pair.
+        Channels that are zero on one side stay as they are.
+
+    Raises:
+        ValueError: a number is out of range, a leaf is compressed, or there is no pair.
+
+    References:
+        Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
+        Correction, arXiv:1906.04721.
+
+    >>> import jopt
+    >>> apply = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+    >>> params = {"w": jnp.array([[8.0, 1.0]]), "v": jnp.array([[2.0], [4.0]])}
+    >>> equal, report = equalize(apply, params, jnp.ones((1, 1)))
+    >>> equal["w"].tolist(), equal["v"].tolist(), report["w"].before
+    ([[4.0, 2.0]], [[4.0], [2.0]], 4.0)
+    """
+    if max_rounds < 1 or not tolerance > 0:
+        raise ValueError(
+            "max_rounds must be at least 1 and tolerance above 0, got "
+            f"{max_rounds} and {tolerance}"
+        )
+    require_floats(params)
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    analysis = sites.analyse(apply, params, given, {})
+    found, left = channels.find_groups(analysis, params)
+    pairs = [group for group in found if group.source is not None]
+    if not pairs:
+        listed = "; ".join(f"{path}: {why}" for path, why in left.items())
+        raise ValueError(
+            f"equalize must have a pair of layers, got none ({listed or 'no products'})"
+            "; fold norms first, or leave it out"
+        )
+    multiplies = {
+        leaf for site in analysis.table if site.kind == "weight" for leaf in site.leaves
+    }
+    names = list(analysis.table.leaves)
+    reasons = {p: why for p, why in left.items() if names.index(p) in multiplies}
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(params)
+    before = [_ratio(*_ranges(leaves, pair)) for pair in pairs]
+    step = jax.jit(functools.partial(_round, pairs=pairs))
+    for _ in range(max_rounds):
+        leaves, moved = step(leaves)
+        if not float(moved) > tolerance:
+            break
+    rows = tuple(
+        _row(analysis.table, pair, float(first), float(_ratio(*_ranges(leaves, pair))))
+        for pair, first in zip(pairs, before, strict=True)
+    )
+    return treedef.unflatten(leaves), EqualizationReport(rows, reasons)
+
+
+def _row(table: SiteTable, pair: Group, before: float, after: float) -> EqualizedRow:
+    assert pair.source is not None
+    return EqualizedRow(
+        table[pair.source].name, ", ".join(pair.sites), pair.size, before, after
+    )
+
+
+def _ranges(leaves: Sequence[Any], pair: Group) -> tuple[jax.Array, jax.Array]:
+    """Return the ranges of the channels where they are made and where they are read."""
+    first = pair.made[0]
+    made = channel_max(leaves[first.leaf], first, pair.size)
+    every = [channel_max(leaves[link.leaf], link, pair.size) for link in pair.read]
+    return made, functools.reduce(jnp.maximum, every)
+
+
+def _ratio(made: jax.Array, read: jax.Array) -> jax.Array:
+    is_used = (made > 0) & (read > 0)
+    ratio = jnp.where(is_used, made, 1.0) / jnp.where(is_used, read, 1.0)
+    return jnp.max(jnp.maximum(ratio, 1 / ratio))
+
+
+def _round(leaves: list[Any], *, pairs: Sequence[Group]) -> tuple[list[Any], jax.Array]:
+    """Equalize every pair once; say how far a factor was from 1."""
+    moved = jnp.float32(0)
+    for pair in pairs:
+        made, read = _ranges(leaves, pair)
+        is_used = (made > 0) & (read > 0) & jnp.isfinite(made * read)
+        made, read = (jnp.where(is_used, r, 1.0) for r in (made, read))
+        s = jnp.sqrt(made / read)
+        leaves = scale_leaves(leaves, pair.made, 1 / s)
+        leaves = scale_leaves(leaves, pair.read, s)
+        moved = jnp.maximum(moved, jnp.max(jnp.abs(s - 1)))
+    return leaves, moved
