@@ -22,7 +22,7 @@ from jopt.arrays import patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Leaf, Patterns, Sparsities, check_choice
+from jopt.pruning.leaves import Leaf, Patterns, Sparsities, make_choice
 from jopt.pruning.prune import check_allocation, check_steps, check_uniform
 from jopt.pruning.wrapper import Masks, Method, masked, placed_as
 from jopt.trees import rules
@@ -93,8 +93,7 @@ def ac_dc(
     [[2. 3.]]
     [[0. 6.]]
     """
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
+    choice = make_choice(sparsity, pattern, select, stacked_axes)
     check_allocation(allocation)
     check_uniform(allocation, pattern)
     check_steps(1, begin_step, end_step)

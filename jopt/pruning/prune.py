@@ -24,7 +24,7 @@ from jopt.arrays import patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
+from jopt.pruning.leaves import Patterns, Sparsities, make_choice
 from jopt.pruning.state import HostPruned
 from jopt.pruning.wrapper import Method, due, masked, refresh
 from jopt.trees import rules
@@ -99,8 +99,7 @@ def prune(
     >>> optax.apply_updates(params, updates)["w"]
     Array([[2.9, 0. , 1.9, 0. ]], dtype=float32)
     """
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
+    choice = make_choice(sparsity, pattern, select, stacked_axes)
     check_allocation(allocation)
     check_uniform(allocation, pattern)
     check_steps(every_steps, begin_step, end_step)

@@ -22,7 +22,7 @@ from jopt.arrays import packing, patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
+from jopt.pruning.leaves import Choice, Patterns, Sparsities, make_choice
 from jopt.pruning.prune import check_allocation, check_steps, check_uniform
 from jopt.pruning.state import PruneState
 from jopt.pruning.wrapper import Method, due, init_state, map_masked, renewed
@@ -98,7 +98,7 @@ def ste(
     """
     method = _method(
         "ste",
-        Choice(sparsity, pattern, select, stacked_axes),
+        make_choice(sparsity, pattern, select, stacked_axes),
         (every_steps, begin_step, end_step),
         scores,
         allocation,
@@ -174,7 +174,7 @@ def sr_ste(
         raise ValueError(f"decay must be at least 0, got {decay}; 2e-4 as published")
     method = _method(
         "sr_ste",
-        Choice(sparsity, pattern, select, stacked_axes),
+        make_choice(sparsity, pattern, select, stacked_axes),
         (every_steps, begin_step, end_step),
         scores,
         allocation,
@@ -192,7 +192,6 @@ def _method(
     key: jax.Array | None,
 ) -> Method:
     """Check what both have in common, and describe when masks are renewed, and how."""
-    check_choice(choice)
     check_allocation(allocation)
     check_uniform(allocation, choice.pattern)
     check_steps(*steps)

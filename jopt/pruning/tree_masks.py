@@ -16,7 +16,7 @@ from jopt.pruning import allocation as allocations
 from jopt.pruning import leaves as chosen_leaves
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
+from jopt.pruning.leaves import FixedSparsities, Patterns, make_choice
 from jopt.pruning.prune import check_allocation
 from jopt.pruning.state import PruneState
 from jopt.trees import rules
@@ -27,7 +27,7 @@ from jopt.updates.states import is_masked_node
 def make_masks(
     params: optax.Params,
     *,
-    sparsity: Sparsities = None,
+    sparsity: FixedSparsities = None,
     scores: criteria.ScoreFunction | criteria.Score | Any = criteria.magnitude,
     grads: optax.Updates | None = None,
     pattern: Patterns = patterns.Unstructured(),  # noqa: B008
@@ -65,8 +65,7 @@ def make_masks(
     {'w': Array([[ True, False,  True, False]], dtype=bool)}
     """
     require_floats(params, "make_masks")
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
+    choice = make_choice(sparsity, pattern, select, stacked_axes, fixed_by="make_masks")
     check_allocation(allocation)
     score = _as_score(scores, params)
     if score.random and key is None:
