@@ -213,7 +213,8 @@ def _given_mask(path: str, param: Any, full: Any, mask: Any) -> Any:
             f"{mask.dtype}{list(mask.shape)}; pass what jopt.get_masks or "
             "jopt.make_masks returned"
         )
-    return packing.pack_mask(packing.unpack_mask(mask))
+    mask, is_packed = packing.unpack_mask(mask), full.dtype == jnp.uint8
+    return placed_as(full, packing.pack_mask(mask) if is_packed else mask)
 
 
 def refresh(
@@ -234,17 +235,19 @@ def refresh(
     leaves = [chosen_leaves.advance(leaf, method.score) for leaf in leaves]
     packed, num_nonfinite = host.leaf_by_leaf(leaves, recipe, state.count)
     # Where the old masks lie: the training step is compiled for that.
-    placed = [
-        b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
-        for a, b in zip(old, packed, strict=True)
-    ]
+    placed = placed_as(old, packed)
     return state._replace(masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite)
 
 
 def placed_as(old: Any, new: Any) -> Any:
-    """Give new masks the explicit sharding of the old ones; elsewhere do nothing."""
+    """Put new masks where the old ones lie, as far as that is known.
+
+    Outside of jit it is; inside, an explicit mesh says it.
+    """
 
     def place(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not any(isinstance(x, jax.core.Tracer) for x in (a, b)):
+            return b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
         sharding = jax.typeof(a).sharding
         fits = sharding.mesh.empty or sharding == jax.typeof(b).sharding
         if fits:
