@@ -21,8 +21,8 @@ from jopt.arrays import patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks, regrowth
 from jopt.pruning import scores as criteria
+from jopt.pruning.arguments import check_allocation, check_number, check_steps
 from jopt.pruning.leaves import Choice, FixedSparsities, Patterns, make_choice
-from jopt.pruning.prune import check_allocation, check_steps
 from jopt.pruning.wrapper import Method, due, masked
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
@@ -283,6 +283,7 @@ def snfs(
     >>> int(jopt.get_masks(state)["w"].sum())
     8
     """
+    check_number("decay", decay, "for example 0.9")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}; for example 0.9")
     choice = make_choice(sparsity, pattern, select, stacked_axes, fixed_by="snfs")
@@ -325,6 +326,8 @@ def _moving(
 ) -> Method:
     """Describe a wrapper that drops and grows."""
     start = _start(None, choice, allocation)
+    if not callable(drop_fraction):
+        check_number("drop_fraction", drop_fraction, "0.3 drops 30 %")
     if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
         raise ValueError(
             f"drop_fraction must be in [0, 1], got {drop_fraction}; 0.3 drops 30 % of "

@@ -140,21 +140,20 @@ def make_choice(
     for each in listed:
         if each is not None and not isinstance(each, patterns.Pattern):
             patterns.check_pattern(each, ())
-    only_nm = bool(listed) and all(isinstance(p, patterns.NM | None) for p in listed)
-    if only_nm and sparsity is not None:
-        first = next(p for p in listed if p is not None)
+    fixed = next((p for p in listed if isinstance(p, patterns.NM)), None)
+    others = [p for p in listed if p is not None and not isinstance(p, patterns.NM)]
+    if fixed is not None and not others and sparsity is not None:
         raise ValueError(
-            f"{argument} must be None for {first}, got {sparsity!r}; the "
-            f"pattern fixes it at {first.m - first.n} of {first.m}"
+            f"{argument} must be None for {fixed}, got {sparsity!r}; the pattern fixes "
+            f"it at {fixed.m - fixed.n} of {fixed.m}"
         )
-    if not only_nm and sparsity is None:
-        first = next((p for p in listed if not isinstance(p, patterns.NM)), None)
+    if others and sparsity is None:
         raise ValueError(
-            f"{argument} must be given for {first}, got None; a fraction in [0, 1] or "
-            "a schedule such as jopt.schedules.cubic_sparsity"
+            f"{argument} must be given for {others[0]}, got None; a fraction in [0, 1] "
+            "or a schedule such as jopt.schedules.cubic_sparsity"
         )
     known = _map_rules(
-        lambda each: _known_sparsity(each, argument, fixed_by), sparsity, argument
+        lambda each: known_sparsity(each, argument, fixed_by), sparsity, argument
     )
     return Choice(known, pattern, select, stacked_axes)
 
@@ -169,7 +168,7 @@ def _map_rules(fn: Callable[[Any], Any], value: Any, name: str) -> Any:
     return [(each, new) for (each, _), new in zip(value, found, strict=True)]
 
 
-def _known_sparsity(value: Any, name: str, fixed_by: str | None) -> Any:
+def known_sparsity(value: Any, name: str, fixed_by: str | None) -> Any:
     """Return a number for what is known; None, schedules and traced scalars pass."""
     if callable(value) and fixed_by is not None:
         raise TypeError(

@@ -116,10 +116,11 @@ def score_of(
             "call jopt.update_masks(pruned, state, params, grads=grads)"
         ) from error
     shape = inputs.param.shape
-    if scores.shape != shape:
+    if getattr(scores, "shape", None) != shape:
         raise ValueError(
             f"scores must return one score per weight, shape {shape}, got "
-            f"{scores.shape}; a pattern reduces over blocks or channels"
+            f"{getattr(scores, 'shape', repr(scores))}; a pattern reduces over blocks "
+            "or channels"
         )
     if scores.dtype == jnp.float64:  # selection compares keys of 32 bits
         scores = scores.astype(jnp.float32)

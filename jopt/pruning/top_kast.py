@@ -21,8 +21,13 @@ from jopt.pruning import allocation as allocations
 from jopt.pruning import leaves as chosen_leaves
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
+from jopt.pruning.arguments import (
+    check_allocation,
+    check_steps,
+    check_strength,
+    check_uniform,
+)
 from jopt.pruning.leaves import Choice, Leaf, Patterns, Plan, Sparsities, make_choice
-from jopt.pruning.prune import check_allocation, check_steps, check_uniform
 from jopt.pruning.state import PruneState
 from jopt.pruning.straight_through import latents, masked_value, unused
 from jopt.pruning.wrapper import (
@@ -40,6 +45,7 @@ from jopt.updates.project import (
     project,
     require_floats,
     require_params,
+    require_state,
     require_transformation,
 )
 from jopt.updates.states import is_masked_node, seen_params
@@ -128,8 +134,7 @@ def top_kast(
     check_allocation(allocation)
     check_uniform(allocation, pattern)
     check_steps(every_steps, begin_step, end_step)
-    if isinstance(penalty, int | float) and penalty < 0:
-        raise ValueError(f"penalty must be at least 0, got {penalty}; for example 1e-4")
+    check_strength("penalty", penalty, "for example 1e-4")
     score = criteria.as_score(criteria.magnitude)
     recipe = masks.Recipe(score, allocation)
     method = Method(
@@ -176,6 +181,8 @@ def top_kast(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectState]:
         require_params(params, "top_kast")
+        require_state(state, ProjectState, "top_kast")
+        require_state(state.projection_state, TopKastState, "top_kast")
         kast: TopKastState = state.projection_state
         seen = seen_params(state, params)
 
