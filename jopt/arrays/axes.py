@@ -50,6 +50,23 @@ def num_parts(array: jax.Array, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
+def has_whole_bytes(array: jax.Array) -> bool:
+    """Say whether 8 divides what each device holds of the last axis.
+
+    Of a traced array on an automatic mesh this is not known, and the answer is that for
+    the whole axis.
+
+    >>> has_whole_bytes(jnp.ones((2, 8))), has_whole_bytes(jnp.ones((8, 2)))
+    (True, False)
+    """
+    if array.ndim == 0:
+        return False
+    held = array.shape[-1] // num_parts(array, -1)
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        held = array.sharding.shard_shape(array.shape)[-1]
+    return held % 8 == 0
+
+
 def split_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     """Turn `[..., groups * size, ...]` into `[..., groups, size, ...]`.
 

@@ -214,7 +214,9 @@ def num_pruned(size: int, sparsity: ArrayLike) -> "int | Count":
         raise TypeError(
             f"sparsity must be a number or a scalar array, got {sparsity!r}"
         )
-    if not isinstance(sparsity, jax.core.Tracer) and bool(jnp.isnan(sparsity).any()):
+    # By NumPy: inside of a trace, JAX would trace what is asked of a known array too.
+    is_known = not isinstance(sparsity, jax.core.Tracer)
+    if is_known and np.isnan(np.asarray(sparsity)).any():
         raise ValueError("sparsity must be in [0, 1], got nan: look at the schedule")
     sparsity = jnp.asarray(sparsity, jnp.float32)
     if sparsity.ndim:

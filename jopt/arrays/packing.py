@@ -14,6 +14,7 @@ be remembered, because the last byte may not be full.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,27 @@ def is_mask_of(mask: jax.Array, shape: tuple[int, ...]) -> bool:
         return mask.shape == shape
     packed = (*mask.shape[:-1], 8 * mask.shape[-1]) if mask.ndim else ()
     return mask.dtype == jnp.uint8 and packed == shape
+
+
+def require_mask_of(mask: Any, shape: tuple[int, ...], path: str) -> None:
+    """Raises for what is no mask of an array of a shape.
+
+    Args:
+      mask: What should be a mask, packed or not.
+      shape: Of the array.
+      path: Of the array, for the error.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    is_array = hasattr(mask, "dtype") and hasattr(mask, "shape")
+    if not is_array or not is_mask_of(mask, shape):
+        got = f"{mask.dtype}{list(mask.shape)}" if is_array else repr(mask)
+        raise ValueError(
+            f"masks must fit {path!r} of shape {shape} as bool, or packed as uint8, "
+            f"got {got}; compare numbers with zero, or pass what jopt.get_masks or "
+            "jopt.make_masks returned"
+        )
 
 
 def unpack_mask(packed: ArrayLike) -> jax.Array:

@@ -45,12 +45,13 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses what is no pattern."""
-        integers = isinstance(self.n, int) and isinstance(self.m, int)
+        integers = _is_integer(self.n) and _is_integer(self.m)
         if not (integers and 1 <= self.n <= self.m):
             raise ValueError(
                 f"NM needs integers 1 <= n <= m, got n={self.n} and m={self.m}: "
                 "NM(2, 4) keeps two of every four"
             )
+        _require_axis("NM", self.axis)
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ class Block:
 
     def __post_init__(self) -> None:
         """Refuses what is no pattern."""
-        if not (isinstance(self.shape, tuple) and self.shape and min(self.shape) > 0):
+        sizes = self.shape if isinstance(self.shape, tuple) else ()
+        if not (sizes and all(_is_integer(size) and size > 0 for size in sizes)):
             raise ValueError(
-                f"Block needs a tuple of positive sizes, got shape={self.shape}: "
+                f"Block needs a tuple of positive integers, got shape={self.shape}: "
                 "Block((4, 4)) tiles the last two axes"
             )
         if self.reduce not in ("mean", "max"):
@@ -86,6 +88,21 @@ class Channel:
     """
 
     axis: int = -1
+
+    def __post_init__(self) -> None:
+        """Refuses what is no pattern."""
+        _require_axis("Channel", self.axis)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_axis(name: str, axis: object) -> None:
+    if not _is_integer(axis):
+        raise ValueError(
+            f"{name} needs an integer axis, got axis={axis!r}: -1 is the last axis"
+        )
 
 
 Pattern = Unstructured | NM | Block | Channel
@@ -131,7 +148,7 @@ def check_pattern(
     else:
         raise TypeError(
             f"pattern must be Unstructured(), NM(n, m), Block(shape) or Channel(axis), "
-            f"got {pattern!r} for {path!r}"
+            f"got {pattern!r}; NM(2, 4) keeps two of every four"
         )
 
 

@@ -21,8 +21,8 @@ from jopt.arrays import patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks, regrowth
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
-from jopt.pruning.prune import check_allocation, check_steps
+from jopt.pruning.arguments import check_allocation, check_number, check_steps
+from jopt.pruning.leaves import Choice, FixedSparsities, Patterns, make_choice
 from jopt.pruning.wrapper import Method, due, masked
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
@@ -31,7 +31,7 @@ from jopt.updates.states import is_masked_node
 def static_sparse(
     inner: optax.GradientTransformation,
     *,
-    sparsity: Sparsities = None,
+    sparsity: FixedSparsities = None,
     masks: Any = None,
     scores: criteria.ScoreFunction | criteria.Score | None = None,
     pattern: Patterns = patterns.Unstructured(),  # noqa: B008
@@ -77,7 +77,9 @@ def static_sparse(
     8
     """
     if masks is None:
-        choice = Choice(sparsity, pattern, select, stacked_axes)
+        choice = make_choice(
+            sparsity, pattern, select, stacked_axes, fixed_by="static_sparse"
+        )
         start = _start(scores, choice, allocation)
     elif sparsity is not None or scores is not None or select is not None:
         raise ValueError(
@@ -104,7 +106,7 @@ def static_sparse(
 def set_(
     inner: optax.GradientTransformation,
     *,
-    sparsity: Sparsities = None,
+    sparsity: FixedSparsities = None,
     drop_fraction: float | optax.Schedule = 0.3,
     every_steps: int = 100,
     begin_step: int = 0,
@@ -150,7 +152,7 @@ def set_(
     >>> int(jopt.get_masks(state)["w"].sum())
     8
     """
-    choice = Choice(sparsity, pattern, select, stacked_axes)
+    choice = make_choice(sparsity, pattern, select, stacked_axes, fixed_by="set_")
     check_steps(every_steps, begin_step, end_step)
     beat = due(every_steps, begin_step, end_step)
     growth = criteria.random()
@@ -161,7 +163,7 @@ def set_(
 def rigl(
     inner: optax.GradientTransformation,
     *,
-    sparsity: Sparsities = None,
+    sparsity: FixedSparsities = None,
     drop_fraction: float | optax.Schedule = 0.3,
     every_steps: int = 100,
     begin_step: int = 0,
@@ -214,7 +216,7 @@ def rigl(
     >>> jopt.get_masks(state)["w"][3, -4:]  # grown
     Array([ True,  True,  True,  True], dtype=bool)
     """
-    choice = Choice(sparsity, pattern, select, stacked_axes)
+    choice = make_choice(sparsity, pattern, select, stacked_axes, fixed_by="rigl")
     check_steps(every_steps, begin_step, end_step)
     beat = due(every_steps, begin_step, end_step)
     growth = criteria.as_score(lambda param, grad: jnp.abs(grad))
@@ -225,7 +227,7 @@ def rigl(
 def snfs(
     inner: optax.GradientTransformation,
     *,
-    sparsity: Sparsities = None,
+    sparsity: FixedSparsities = None,
     drop_fraction: float | optax.Schedule = 0.3,
     decay: float = 0.9,
     redistribute: bool = True,
@@ -281,9 +283,10 @@ def snfs(
     >>> int(jopt.get_masks(state)["w"].sum())
     8
     """
+    check_number("decay", decay, "for example 0.9")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}; for example 0.9")
-    choice = Choice(sparsity, pattern, select, stacked_axes)
+    choice = make_choice(sparsity, pattern, select, stacked_axes, fixed_by="snfs")
     check_steps(every_steps, begin_step, end_step)
     beat = due(every_steps, begin_step, end_step)
 
@@ -306,7 +309,6 @@ def _start(
     choice: Choice,
     allocation: allocations.Allocation,
 ) -> masks.Recipe:
-    check_choice(choice)
     check_allocation(allocation)
     first = criteria.random() if scores is None else criteria.as_score(scores)
     return masks.Recipe(first, allocation)
@@ -324,6 +326,8 @@ def _moving(
 ) -> Method:
     """Describe a wrapper that drops and grows."""
     start = _start(None, choice, allocation)
+    if not callable(drop_fraction):
+        check_number("drop_fraction", drop_fraction, "0.3 drops 30 %")
     if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
         raise ValueError(
             f"drop_fraction must be in [0, 1], got {drop_fraction}; 0.3 drops 30 % of "

@@ -16,6 +16,8 @@ from jopt.updates.states import is_masked_node
 
 Sparsity = float | jax.Array | Callable[[Any], Any]
 Sparsities = Sparsity | rules.Rules[Sparsity | None] | None
+FixedSparsity = float | jax.Array  # where a schedule would stand still
+FixedSparsities = FixedSparsity | rules.Rules[FixedSparsity | None] | None
 Patterns = patterns.Pattern | rules.Rules[patterns.Pattern | None]
 
 
@@ -91,14 +93,9 @@ class Choice(NamedTuple):
 
 
 def _resolve(value: Any, params: optax.Params) -> list[Any]:
-    if is_rules(value):
+    if rules.is_rules(value):
         return rules.resolve(value, params)
     return [value] * len(jax.tree.leaves(params))
-
-
-def is_rules(value: Any) -> bool:
-    """Tell ordered rules from a single value."""
-    return isinstance(value, Mapping | list | tuple)
 
 
 def _plan(leaf: Any, plan: Plan) -> Plan | None:
@@ -110,39 +107,95 @@ def _plan(leaf: Any, plan: Plan) -> Plan | None:
     return None if plan.sparsity is None else plan
 
 
-def check_choice(choice: Choice) -> None:
-    """Raise for rules that are wrong whatever the params; traced numbers pass."""
-    listed = _values(choice.pattern)
-    for pattern in listed:
-        if pattern is not None and not isinstance(pattern, patterns.Pattern):
-            patterns.check_pattern(pattern, ())
-    only_nm = bool(listed) and all(isinstance(p, patterns.NM | None) for p in listed)
-    if only_nm and choice.sparsity is not None:
-        pattern = next(p for p in listed if p is not None)
+def make_choice(
+    sparsity: Sparsities,
+    pattern: Patterns,
+    select: rules.Select,
+    stacked_axes: rules.StackedAxes,
+    *,
+    fixed_by: str | None = None,
+    argument: str = "sparsity",
+) -> Choice:
+    """Check what is wrong whatever the params, and read known arrays as numbers.
+
+    Args:
+        sparsity: as for `prune`; traced scalars pass.
+        pattern: as for `prune`.
+        select: as for `prune`.
+        stacked_axes: as for `prune`.
+        fixed_by: the caller, where masks keep their count and a schedule would stand
+            still.
+        argument: what the sparsity is called there.
+
+    Returns:
+        The choice.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: sparsity and pattern do not go together, or a number is out of
+            range.
+    """
+    rules.check_stacked_axes(stacked_axes)
+    listed = rules.values(pattern, "pattern")
+    for each in listed:
+        if each is not None and not isinstance(each, patterns.Pattern):
+            patterns.check_pattern(each, ())
+    fixed = next((p for p in listed if isinstance(p, patterns.NM)), None)
+    others = [p for p in listed if p is not None and not isinstance(p, patterns.NM)]
+    if fixed is not None and not others and sparsity is not None:
         raise ValueError(
-            f"sparsity must be None for {pattern}, got {choice.sparsity!r}; the "
-            f"pattern fixes it at {pattern.m - pattern.n} of {pattern.m}"
+            f"{argument} must be None for {fixed}, got {sparsity!r}; the pattern fixes "
+            f"it at {fixed.m - fixed.n} of {fixed.m}"
         )
-    if not only_nm and choice.sparsity is None:
-        pattern = next((p for p in listed if not isinstance(p, patterns.NM)), None)
+    if others and sparsity is None:
         raise ValueError(
-            f"sparsity must be given for {pattern}, got None; a fraction in [0, 1] or "
-            "a schedule such as jopt.schedules.cubic_sparsity"
+            f"{argument} must be given for {others[0]}, got None; a fraction in [0, 1] "
+            "or a schedule such as jopt.schedules.cubic_sparsity"
         )
-    for sparsity in _values(choice.sparsity):
-        if isinstance(sparsity, int | float) and not 0.0 <= sparsity <= 1.0:
-            raise ValueError(
-                f"sparsity must be a fraction in [0, 1], got {sparsity}; "
-                "90 % of zeros is 0.9"
-            )
+    known = _map_rules(
+        lambda each: known_sparsity(each, argument, fixed_by), sparsity, argument
+    )
+    return Choice(known, pattern, select, stacked_axes)
 
 
-def _values(value: Any) -> list[Any]:
+def _map_rules(fn: Callable[[Any], Any], value: Any, name: str) -> Any:
+    """Map the values of rules, or the one value that is for all."""
+    found = [fn(each) for each in rules.values(value, name)]
     if isinstance(value, Mapping):
-        return list(value.values())
-    if is_rules(value):
-        return [each for _, each in value]
-    return [value]
+        return dict(zip(value, found, strict=True))
+    if not rules.is_rules(value):
+        return found[0]
+    return [(each, new) for (each, _), new in zip(value, found, strict=True)]
+
+
+def known_sparsity(value: Any, name: str, fixed_by: str | None) -> Any:
+    """Return a number for what is known; None, schedules and traced scalars pass."""
+    if callable(value) and fixed_by is not None:
+        raise TypeError(
+            f"{name} must be a number for {fixed_by}, which fixes how many weights are "
+            f"kept from the start, got {value!r}; schedules are for jopt.prune, "
+            "jopt.ac_dc, jopt.ste and jopt.top_kast"
+        )
+    if value is None or callable(value) or isinstance(value, jax.core.Tracer):
+        return value
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    dtype = value.dtype if is_array else type(value)
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(
+            f"{name} must be a number, a scalar array, a schedule or rules of them, "
+            f"got {value!r}; 90 % of zeros is 0.9"
+        )
+    if np.ndim(value):
+        raise ValueError(
+            f"{name} must be a scalar, got an array of shape {np.shape(value)}; give "
+            "leaves a sparsity of their own by rules {pattern: sparsity}"
+        )
+    number = float(value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(
+            f"{name} must be a fraction in [0, 1], got {value}; 90 % of zeros is 0.9"
+        )
+    return number
 
 
 def tree_of(fn: Any, params: optax.Params, plans: list[Plan | None]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jopt.arrays import packing, patterns
+from jopt.arrays import axes, packing, patterns
 from jopt.pruning import layers
 from jopt.pruning.allocation import Allocation, Units
 from jopt.pruning.allocation.ranking import cuts
@@ -30,8 +30,14 @@ class Recipe(NamedTuple):
 
 
 def full_mask(param: jax.Array) -> jax.Array:
-    """Return the mask that keeps all of `param`, sharded alike, packed if possible."""
-    return packing.pack_mask(jnp.ones_like(param, jnp.bool_))
+    """Return the mask that keeps all of `param`, sharded alike, packed if possible.
+
+    How it is stored decides that for all masks after it. So it is decided here, where
+    params may be seen as they lie on their devices: bytes that two devices share would
+    have to be gathered whenever masks move.
+    """
+    mask = jnp.ones_like(param, jnp.bool_)
+    return packing.pack_mask(mask) if axes.has_whole_bytes(param) else mask
 
 
 def in_one_program(
@@ -110,10 +116,11 @@ def score_of(
             "call jopt.update_masks(pruned, state, params, grads=grads)"
         ) from error
     shape = inputs.param.shape
-    if scores.shape != shape:
+    if getattr(scores, "shape", None) != shape:
         raise ValueError(
             f"scores must return one score per weight, shape {shape}, got "
-            f"{scores.shape}; a pattern reduces over blocks or channels"
+            f"{getattr(scores, 'shape', repr(scores))}; a pattern reduces over blocks "
+            "or channels"
         )
     if scores.dtype == jnp.float64:  # selection compares keys of 32 bits
         scores = scores.astype(jnp.float32)

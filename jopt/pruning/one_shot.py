@@ -12,19 +12,24 @@ Earlier layers are pruned first, and later ones see what that does to their inpu
 Simple and Effective Pruning Approach for Large Language Models, arXiv:2306.11695.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jopt.arrays.patterns import Pattern, Unstructured
 from jopt.programs import flags, sites
 from jopt.programs.record import inputs_of, require_batches
 from jopt.programs.targets import find_targets
 from jopt.pruning.allocation import Allocation
+from jopt.pruning.arguments import check_allocation, check_flag
 from jopt.pruning.goals import check_groups, resolve_goals
 from jopt.pruning.in_order import prune_layers
 from jopt.pruning.one_shot_report import OneShotReport
 from jopt.pruning.solving import Method, check
-from jopt.pruning.sparsegpt import prepare, prune_prepared
+from jopt.pruning.sparsegpt import check_options, prepare, prune_prepared
 from jopt.pruning.wanda import prune_given_squares
 from jopt.trees import rules
 
@@ -108,6 +113,7 @@ def sparsegpt(
     >>> masks["w"][:, 0]
     Array([ True, False,  True, False], dtype=bool)
     """
+    check_options(block_size, damping)
     options = (("block_size", block_size), ("damping", damping))
     method = Method("sparsegpt", prune_prepared, "gram", prepare, options)
     return _one_shot(
@@ -157,7 +163,11 @@ def wanda(
         pattern: `jopt.Unstructured()` or `jopt.NM(n, m)`, or rules.
         select: which leaves, as for `sparsegpt`.
         error_propagation: whether a layer sees what pruned layers before it give.
-        allocation: one of `jopt.allocation`, to give each layer its own sparsity.
+        allocation: one of `jopt.allocation`, to give each layer its own sparsity. Every
+            output of a layer keeps the same number of inputs, so the budget of a layer
+            is rounded to a multiple of its outputs: in layers of few inputs it may be
+            off by some per cent, and what all layers keep need not add up to the count
+            asked for. `sparsegpt` keeps it to six decimals of a layer's sparsity.
         errors: whether the report says what each layer loses, which is most of the work
             where there are many inputs: without, no Gram matrix is made.
         progress: whether to show a bar, if there is a terminal.
@@ -215,14 +225,19 @@ def _one_shot(
     progress: bool,
 ) -> tuple[Any, Any, OneShotReport]:
     """Prune by any method."""
+    if not callable(apply):
+        raise TypeError(
+            f"apply must be a function (params, *inputs) -> outputs, got {apply!r}"
+        )
+    flagged = ("error_propagation", error_propagation), ("errors", errors)
+    for name, value in (*flagged, ("progress", progress)):
+        check_flag(name, value)
     goals = resolve_goals(sparsity, pattern, params)
     _check_allocation(allocation, sparsity, pattern)
     require_batches(batches)
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches must have at least one item, got none")
+    batches = _Passes(list(batches) if isinstance(batches, Iterator) else batches)
+    first = next(iter(batches))
+    _check_untraced(method.name, params, first)
     inputs = flags.fix(inputs_of(first))
     analysis = sites.analyse(apply, params, inputs, {})
     targets, left = find_targets(
@@ -256,14 +271,46 @@ def _one_shot(
     )
 
 
+class _Passes:
+    """Batches, of which each pass must find some."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self.number = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.number += 1
+        found = iter(self.batches)
+        for first in found:
+            yield first
+            yield from found
+            return
+        if self.number == 1:
+            raise ValueError("batches must have at least one item, got none")
+        raise ValueError(
+            "batches must give the same items every time they are passed over, got "
+            f"none in pass {self.number}; pass a list, or a loader that starts anew"
+        )
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self.batches)
+
+
+def _check_untraced(name: str, params: Any, first: Any) -> None:
+    """Raise inside of a transformation, where no pass can be run by itself."""
+    values = [*jax.tree.leaves((params, first)), jnp.zeros([])]
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        raise TypeError(
+            f"{name} must be called outside of jax.jit and other transformations, "
+            "because it runs passes over the batches one after another, got traced "
+            "params or inputs; compile what uses the pruned params"
+        )
+
+
 def _check_allocation(allocation: Any, sparsity: Any, pattern: Any) -> None:
     if allocation is None:
         return
-    if not callable(allocation):
-        raise TypeError(
-            "allocation must be a function (units, sparsity) -> kept or None, got "
-            f"{allocation!r}; jopt.allocation has some"
-        )
+    check_allocation(allocation)
     if not isinstance(sparsity, int | float) or not isinstance(pattern, Unstructured):
         raise ValueError(
             "allocation must come with one sparsity and jopt.Unstructured(), which it "

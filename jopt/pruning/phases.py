@@ -22,8 +22,13 @@ from jopt.arrays import patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Leaf, Patterns, Sparsities, check_choice
-from jopt.pruning.prune import check_allocation, check_steps, check_uniform
+from jopt.pruning.arguments import (
+    check_allocation,
+    check_key_of,
+    check_steps,
+    check_uniform,
+)
+from jopt.pruning.leaves import Leaf, Patterns, Sparsities, make_choice
 from jopt.pruning.wrapper import Masks, Method, masked, placed_as
 from jopt.trees import rules
 from jopt.updates.project import require_count
@@ -93,20 +98,24 @@ def ac_dc(
     [[2. 3.]]
     [[0. 6.]]
     """
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
+    choice = make_choice(sparsity, pattern, select, stacked_axes)
     check_allocation(allocation)
     check_uniform(allocation, pattern)
     check_steps(1, begin_step, end_step)
+    require_count("end_step", end_step)
     require_count("compressed_steps", compressed_steps, least=1)
     require_count("dense_steps", dense_steps, least=1)
     require_count("final_dense_steps", final_dense_steps)
-    score = criteria.as_score(scores)
-    if score.random and key is None:
+    counts = (begin_step, end_step, final_dense_steps)
+    are_known = all(isinstance(count, int) for count in counts)
+    if are_known and final_dense_steps > end_step - begin_step:
         raise ValueError(
-            "key must be given for random scores, got None; "
-            "for example key=jax.random.key(0)"
+            f"final_dense_steps must be at most end_step - begin_step = "
+            f"{end_step - begin_step}, got {final_dense_steps}; they are the last "
+            "updates before end_step"
         )
+    score = criteria.as_score(scores)
+    check_key_of(score, key)
     recipe = masks.Recipe(score, allocation)
     is_compressed = _phases(
         compressed_steps, dense_steps, begin_step, end_step, final_dense_steps

@@ -19,16 +19,17 @@ import optax
 
 from jopt.arrays import packing, patterns
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Plan
-from jopt.pruning.proximal_maps import ProximalMap
-from jopt.pruning.scores.score import as_float32, per_layer
+from jopt.pruning.arguments import check_steps
+from jopt.pruning.leaves import Plan, make_choice
+from jopt.pruning.proximal_maps import ProximalMap, group_lasso
+from jopt.pruning.scores.score import as_float32, per_layer, takes_two
 from jopt.pruning.state import PruneState
 from jopt.pruning.wrapper import Method, due, init_state, mask_step, placed_as
 from jopt.trees import rules
 from jopt.updates.project import (
-    require_count,
     require_floats,
     require_params,
+    require_state,
     require_transformation,
 )
 from jopt.updates.states import is_masked_node
@@ -94,12 +95,18 @@ def proximal(
                 f"(w, count) -> w', got {proximal_map!r}; for example "
                 "jopt.proximal_maps.l1(1e-5)"
             )
+        # The group lasso takes two arguments too, before it is called.
+        given: Any = proximal_map
+        if not takes_two(given) or given is group_lasso:
+            name = getattr(proximal_map, "__name__", repr(proximal_map))
+            raise TypeError(
+                f"proximal_map must take (w, count), got {name}, which does not; a map "
+                f"with a strength is called first: jopt.proximal_maps.{name}(...)"
+            )
         proximal_map = ProximalMap(proximal_map)
     prox, pattern = proximal_map
-    require_count("begin_step", begin_step)
-    is_known = isinstance(begin_step, int)
-    require_count("end_step", end_step, least=begin_step if is_known else 0)
-    choice = Choice(0.0, pattern, select, stacked_axes)
+    check_steps(1, begin_step, end_step)
+    choice = make_choice(0.0, pattern, select, stacked_axes)
     method = Method(
         name="proximal",
         choice=choice,
@@ -133,6 +140,7 @@ def proximal(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PruneState]:
         require_params(params, "proximal")
+        require_state(state, PruneState, "proximal")
         treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         packed = treedef.flatten_up_to(state.masks)

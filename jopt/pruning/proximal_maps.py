@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt.arrays import patterns
+from jopt.pruning.arguments import check_strength
 from jopt.pruning.scores.score import as_float32
 
 Strength = float | jax.Array | Callable[[Any], Any]
@@ -59,7 +60,7 @@ def l1(strength: Strength) -> ProximalMap:
         The map.
 
     Raises:
-        ValueError: `strength` is negative.
+        ValueError: `strength` is negative or not finite.
 
     References:
         Parikh and Boyd, Proximal Algorithms, 2014, section 6.5.2.
@@ -94,7 +95,7 @@ def group_lasso(strength: Strength, pattern: patterns.Pattern) -> ProximalMap:
 
     Raises:
         TypeError: `pattern` has no groups that die together.
-        ValueError: `strength` is negative.
+        ValueError: `strength` is negative or not finite.
 
     References:
         Yuan and Lin, Model selection and estimation in regression with grouped
@@ -139,7 +140,7 @@ def hard_threshold(strength: Strength) -> ProximalMap:
         The map.
 
     Raises:
-        ValueError: `strength` is negative.
+        ValueError: `strength` is negative or not finite.
 
     References:
         Blumensath and Davies, Iterative Thresholding for Sparse Approximations, 2008.
@@ -162,8 +163,6 @@ def _at(strength: Strength, count: Any) -> Any:
 
 
 def _check_strength(strength: Any) -> None:
-    if isinstance(strength, int | float) and strength < 0:
-        raise ValueError(
-            f"strength must be at least 0, got {strength}; it is the learning rate "
-            "times the weight of the penalty"
-        )
+    if not callable(strength):
+        example = "it is the learning rate times the weight of the penalty"
+        check_strength("strength", strength, example)

@@ -15,7 +15,7 @@ optimizer; they return when a later mask keeps them.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import optax
@@ -24,11 +24,16 @@ from jopt.arrays import patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
+from jopt.pruning.arguments import (
+    check_allocation,
+    check_key_of,
+    check_steps,
+    check_uniform,
+)
+from jopt.pruning.leaves import Patterns, Sparsities, make_choice
 from jopt.pruning.state import HostPruned
 from jopt.pruning.wrapper import Method, due, masked, refresh
 from jopt.trees import rules
-from jopt.updates.project import require_count
 
 
 def prune(
@@ -99,19 +104,14 @@ def prune(
     >>> optax.apply_updates(params, updates)["w"]
     Array([[2.9, 0. , 1.9, 0. ]], dtype=float32)
     """
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
+    choice = make_choice(sparsity, pattern, select, stacked_axes)
     check_allocation(allocation)
     check_uniform(allocation, pattern)
     check_steps(every_steps, begin_step, end_step)
     if update not in ("step", "host"):
         raise ValueError(f'update must be "step" or "host", got {update!r}')
     score = criteria.as_score(scores)
-    if score.random and key is None:
-        raise ValueError(
-            "key must be given for random scores, got None; "
-            "for example key=jax.random.key(0)"
-        )
+    check_key_of(score, key)
     recipe = masks.Recipe(score, allocation)
     method = Method(
         name="prune",
@@ -129,29 +129,3 @@ def prune(
     pruned.refresh = functools.partial(refresh, method, recipe)
     pruned.is_due = method.is_due
     return pruned
-
-
-def check_steps(every_steps: Any, begin_step: Any, end_step: Any) -> None:
-    """Raise for a schedule of mask updates that is none; traced numbers pass."""
-    require_count("every_steps", every_steps, least=1)
-    require_count("begin_step", begin_step)
-    is_known = isinstance(begin_step, int)
-    require_count("end_step", end_step, least=begin_step if is_known else 0)
-
-
-def check_allocation(allocation: Any) -> None:
-    """Raise for an allocation that is no function."""
-    if not callable(allocation):
-        raise TypeError(
-            "allocation must be a function (units, sparsity) -> kept, got "
-            f"{allocation!r}; jopt.allocation has uniform and global_ranking"
-        )
-
-
-def check_uniform(allocation: Any, pattern: Any) -> None:
-    """Raise for an allocation where the pattern fixes the count of every group."""
-    if isinstance(pattern, patterns.NM) and allocation is not allocations.uniform:
-        raise ValueError(
-            f"allocation must be uniform for {pattern}, which keeps "
-            f"{pattern.n} of every {pattern.m} everywhere, got {allocation!r}"
-        )

@@ -23,7 +23,9 @@ from jax import lax
 from jopt.arrays import patterns, selection
 from jopt.arrays.factors import inverse_factor
 from jopt.arrays.sweeps import sweep
+from jopt.pruning.arguments import check_strength
 from jopt.pruning.wanda import along_inputs, num_kept
+from jopt.updates.project import require_count
 
 
 def sparsegpt_matrix(
@@ -152,10 +154,13 @@ def check_matrix(
         raise ValueError(f"sparsity must be None with {pattern}, got {sparsity}")
     if not is_nm and sparsity is None:
         raise ValueError(f"sparsity must be given with {pattern}, got None")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if not damping >= 0:
-        raise ValueError(f"damping must be at least 0, got {damping}; 0.01 is usual")
+    check_options(block_size, damping)
+
+
+def check_options(block_size: int, damping: float) -> None:
+    """Raise for numbers that are wrong for every matrix."""
+    require_count("block_size", block_size, least=1)
+    check_strength("damping", damping, "0.01 is usual")
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

@@ -156,11 +156,7 @@ def apply_masks(params: optax.Params, masks: Any) -> optax.Params:
     def apply(path: str, w: Any, mask: Any) -> Any:
         if is_masked_node(mask):
             return w
-        if not packing.is_mask_of(mask, jnp.shape(w)):
-            raise ValueError(
-                f"masks must fit {path!r} of shape {jnp.shape(w)}, "
-                f"got {mask.dtype}{list(mask.shape)}; pass jopt.get_masks(state)"
-            )
+        packing.require_mask_of(mask, jnp.shape(w), path)
         return jnp.where(packing.unpack_mask(mask), w, jnp.zeros_like(w))
 
     return paths.map_with_path(apply, params, masks)

@@ -22,8 +22,14 @@ from jopt.arrays import packing, patterns
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
-from jopt.pruning.prune import check_allocation, check_steps, check_uniform
+from jopt.pruning.arguments import (
+    check_allocation,
+    check_key_of,
+    check_steps,
+    check_strength,
+    check_uniform,
+)
+from jopt.pruning.leaves import Choice, Patterns, Sparsities, make_choice
 from jopt.pruning.state import PruneState
 from jopt.pruning.wrapper import Method, due, init_state, map_masked, renewed
 from jopt.trees import rules
@@ -33,6 +39,7 @@ from jopt.updates.project import (
     project,
     require_floats,
     require_params,
+    require_state,
     require_transformation,
 )
 from jopt.updates.states import is_masked_node, seen_params
@@ -98,7 +105,7 @@ def ste(
     """
     method = _method(
         "ste",
-        Choice(sparsity, pattern, select, stacked_axes),
+        make_choice(sparsity, pattern, select, stacked_axes),
         (every_steps, begin_step, end_step),
         scores,
         allocation,
@@ -170,11 +177,10 @@ def sr_ste(
     >>> state.latent["w"]
     Array([[2.  , 0.25]], dtype=float32)
     """
-    if isinstance(decay, int | float) and decay < 0:
-        raise ValueError(f"decay must be at least 0, got {decay}; 2e-4 as published")
+    check_strength("decay", decay, "2e-4 as published")
     method = _method(
         "sr_ste",
-        Choice(sparsity, pattern, select, stacked_axes),
+        make_choice(sparsity, pattern, select, stacked_axes),
         (every_steps, begin_step, end_step),
         scores,
         allocation,
@@ -192,16 +198,11 @@ def _method(
     key: jax.Array | None,
 ) -> Method:
     """Check what both have in common, and describe when masks are renewed, and how."""
-    check_choice(choice)
     check_allocation(allocation)
     check_uniform(allocation, choice.pattern)
     check_steps(*steps)
     score = criteria.as_score(scores)
-    if score.random and key is None:
-        raise ValueError(
-            "key must be given for random scores, got None; "
-            "for example key=jax.random.key(0)"
-        )
+    check_key_of(score, key)
     recipe = masks.Recipe(score, allocation)
     return Method(
         name=name,
@@ -236,6 +237,8 @@ def _masked_latents(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectState]:
         require_params(params, method.name)
+        require_state(state, ProjectState, method.name)
+        require_state(state.projection_state, PruneState, method.name)
         seen = seen_params(state, params)
 
         def mask(

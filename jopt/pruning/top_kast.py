@@ -21,8 +21,13 @@ from jopt.pruning import allocation as allocations
 from jopt.pruning import leaves as chosen_leaves
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Leaf, Patterns, Plan, Sparsities, check_choice
-from jopt.pruning.prune import check_allocation, check_steps, check_uniform
+from jopt.pruning.arguments import (
+    check_allocation,
+    check_steps,
+    check_strength,
+    check_uniform,
+)
+from jopt.pruning.leaves import Choice, Leaf, Patterns, Plan, Sparsities, make_choice
 from jopt.pruning.state import PruneState
 from jopt.pruning.straight_through import latents, masked_value, unused
 from jopt.pruning.wrapper import (
@@ -40,6 +45,7 @@ from jopt.updates.project import (
     project,
     require_floats,
     require_params,
+    require_state,
     require_transformation,
 )
 from jopt.updates.states import is_masked_node, seen_params
@@ -88,8 +94,9 @@ def top_kast(
             rules; None for `jopt.NM`.
         backward_sparsity: fraction of weights without a gradient, at most `sparsity`; a
             number, a schedule or ordered rules (leaves that none matches, or that map
-            to None, have dense gradients). With `jopt.NM(n, m)` a number that leaves a
-            whole number of every m, at least n.
+            to None, have dense gradients). Where schedules put it above `sparsity`, B
+            is A. With `jopt.NM(n, m)` a number that leaves a whole number of every m,
+            at least n.
         penalty: the strength of L2 on B, at least 0. It is 0 by default because its
             scale is that of the loss, and `inner` may decay weights already; the paper
             trains with it.
@@ -122,15 +129,12 @@ def top_kast(
     (Array([[6., 0., 0., 0.]], dtype=float32), Array([[6., 5., 2., 1.]], dtype=float32))
     """
     inner = require_transformation(inner, "top_kast")
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
-    wide = Choice(backward_sparsity, patterns.Unstructured(), select, stacked_axes)
-    _check_backward(wide, sparsity)
+    choice = make_choice(sparsity, pattern, select, stacked_axes)
+    wide = _make_wide(backward_sparsity, choice)
     check_allocation(allocation)
     check_uniform(allocation, pattern)
     check_steps(every_steps, begin_step, end_step)
-    if isinstance(penalty, int | float) and penalty < 0:
-        raise ValueError(f"penalty must be at least 0, got {penalty}; for example 1e-4")
+    check_strength("penalty", penalty, "for example 1e-4")
     score = criteria.as_score(criteria.magnitude)
     recipe = masks.Recipe(score, allocation)
     method = Method(
@@ -177,6 +181,8 @@ def top_kast(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectState]:
         require_params(params, "top_kast")
+        require_state(state, ProjectState, "top_kast")
+        require_state(state.projection_state, TopKastState, "top_kast")
         kast: TopKastState = state.projection_state
         seen = seen_params(state, params)
 
@@ -249,6 +255,7 @@ def _widened(
     leaves: Sequence[Leaf], wide: Choice, state: PruneState, params: optax.Params
 ) -> list[Leaf]:
     """Put the plan of B for that of A."""
+    count = state.count
     treedef: Any = jax.tree.structure(params)
     packed = treedef.flatten_up_to(state.masks)
     plans = [
@@ -258,15 +265,18 @@ def _widened(
     ]
     return [
         leaf._replace(
-            plan=_wide_plan(leaf.plan, 0.0 if plan is None else plan.sparsity)
+            plan=_wide_plan(leaf.plan, 0.0 if plan is None else plan.sparsity, count)
         )
         for leaf, plan in zip(leaves, plans, strict=True)
     ]
 
 
-def _wide_plan(plan: Plan, sparsity: Any) -> Plan:
+def _wide_plan(plan: Plan, sparsity: Any, count: jax.Array) -> Plan:
+    """Put the sparsity of B for that of A, and compare them where both are known."""
     if not isinstance(plan.pattern, patterns.NM):
-        return plan._replace(sparsity=sparsity)
+        wide = plan._replace(sparsity=sparsity)
+        _check_nested(plan.sparsity_at(count), wide.sparsity_at(count), plan.path)
+        return wide
     n, m = plan.pattern.n, plan.pattern.m
     kept = (1 - sparsity) * m if isinstance(sparsity, int | float) else 0.0
     if not n <= kept <= m or abs(kept - round(kept)) > 1e-6:
@@ -278,22 +288,29 @@ def _wide_plan(plan: Plan, sparsity: Any) -> Plan:
     return plan._replace(pattern=patterns.NM(round(kept), m, plan.pattern.axis))
 
 
-def _check_backward(wide: Choice, sparsity: Any) -> None:
-    given = wide.sparsity
-    if given is None:
+def _make_wide(backward_sparsity: Sparsities, choice: Choice) -> Choice:
+    """Make the choice of B."""
+    if backward_sparsity is None:
         raise ValueError(
             "backward_sparsity must be given, got None; 0.0 is for dense gradients"
         )
-    if chosen_leaves.is_rules(given) or callable(given):
-        return
-    if isinstance(given, int | float) and not 0.0 <= given <= 1.0:
+    wide = make_choice(
+        backward_sparsity,
+        patterns.Unstructured(),
+        choice.select,
+        choice.stacked_axes,
+        argument="backward_sparsity",
+    )
+    _check_nested(choice.sparsity, wide.sparsity)
+    return wide
+
+
+def _check_nested(sparsity: Any, backward_sparsity: Any, path: str = "") -> None:
+    """Raise if two numbers say that B is smaller than A."""
+    are_known = all(isinstance(x, int | float) for x in (sparsity, backward_sparsity))
+    if are_known and backward_sparsity > sparsity:
+        where = f" at {path!r}" if path else ""
         raise ValueError(
-            f"backward_sparsity must be a fraction in [0, 1], got {given}; "
-            "0.5 gives half of the weights gradients"
-        )
-    numbers = isinstance(given, int | float) and isinstance(sparsity, int | float)
-    if numbers and given > sparsity:
-        raise ValueError(
-            f"backward_sparsity must be at most sparsity={sparsity}, got {given}; "
-            "B contains A"
+            f"backward_sparsity must be at most sparsity={sparsity}, got "
+            f"{backward_sparsity}{where}; B contains A"
         )

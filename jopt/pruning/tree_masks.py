@@ -16,8 +16,8 @@ from jopt.pruning import allocation as allocations
 from jopt.pruning import leaves as chosen_leaves
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.leaves import Choice, Patterns, Sparsities, check_choice
-from jopt.pruning.prune import check_allocation
+from jopt.pruning.arguments import check_allocation, check_key_of
+from jopt.pruning.leaves import FixedSparsities, Patterns, known_sparsity, make_choice
 from jopt.pruning.state import PruneState
 from jopt.trees import rules
 from jopt.updates.project import require_count, require_floats
@@ -27,7 +27,7 @@ from jopt.updates.states import is_masked_node
 def make_masks(
     params: optax.Params,
     *,
-    sparsity: Sparsities = None,
+    sparsity: FixedSparsities = None,
     scores: criteria.ScoreFunction | criteria.Score | Any = criteria.magnitude,
     grads: optax.Updates | None = None,
     pattern: Patterns = patterns.Unstructured(),  # noqa: B008
@@ -65,15 +65,10 @@ def make_masks(
     {'w': Array([[ True, False,  True, False]], dtype=bool)}
     """
     require_floats(params, "make_masks")
-    choice = Choice(sparsity, pattern, select, stacked_axes)
-    check_choice(choice)
+    choice = make_choice(sparsity, pattern, select, stacked_axes, fixed_by="make_masks")
     check_allocation(allocation)
     score = _as_score(scores, params)
-    if score.random and key is None:
-        raise ValueError(
-            "key must be given for random scores, got None; "
-            "for example key=jax.random.key(0)"
-        )
+    check_key_of(score, key)
     plans = choice.chosen(params, "make_masks")
     state = PruneState(
         count=jnp.zeros([], jnp.int32),
@@ -138,10 +133,19 @@ def iterative_masks(
     {'w': Array([[ True, False,  True, False]], dtype=bool)}
     """
     require_count("rounds", rounds, least=1)
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
-        raise ValueError(
-            f"sparsity must be a fraction in [0, 1], got {sparsity!r}; 0.9 is 90 %"
+    if not rules.is_rules(sparsity):
+        sparsity = known_sparsity(sparsity, "sparsity", "iterative_masks")
+    if not isinstance(sparsity, int | float):
+        raise TypeError(
+            f"sparsity must be a number for iterative_masks, got {sparsity!r}; 0.9 is "
+            "90 % of zeros at the end"
         )
+    for each in rules.values(pattern, "pattern"):
+        if isinstance(each, patterns.NM):
+            raise ValueError(
+                f"pattern must not be N:M for iterative_masks, got {each}, whose "
+                "sparsity cannot grow in rounds; jopt.make_masks takes it"
+            )
 
     @jax.jit
     def go_on(params: Any, found: Any, sparsity: jax.Array) -> Any:

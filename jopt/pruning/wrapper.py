@@ -20,6 +20,7 @@ import optax
 from jopt.arrays import packing
 from jopt.pruning import host, masks
 from jopt.pruning import leaves as chosen_leaves
+from jopt.pruning.arguments import check_key
 from jopt.pruning.leaves import Choice, Leaf
 from jopt.pruning.scores import Score
 from jopt.pruning.state import PruneState
@@ -28,6 +29,7 @@ from jopt.updates import resets
 from jopt.updates.project import (
     require_floats,
     require_params,
+    require_state,
     require_transformation,
 )
 from jopt.updates.states import is_masked_node
@@ -89,6 +91,7 @@ def masked(
         A transformation with a `PruneState`.
     """
     inner = require_transformation(inner, method.name)
+    check_key(key)
 
     def init(params: optax.Params) -> PruneState:
         require_floats(params, method.name)
@@ -102,6 +105,7 @@ def masked(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PruneState]:
         require_params(params, method.name)
+        require_state(state, PruneState, method.name)
         new = renewed(method, state, params, updates, extra_args)
         inner_state = state.inner_state
         if method.sparse_gradients:
@@ -207,13 +211,9 @@ def _first_masks(
 def _given_mask(path: str, param: Any, full: Any, mask: Any) -> Any:
     if is_masked_node(full):
         return full
-    if not packing.is_mask_of(mask, param.shape):
-        raise ValueError(
-            f"masks must fit {path!r} of shape {param.shape}, got "
-            f"{mask.dtype}{list(mask.shape)}; pass what jopt.get_masks or "
-            "jopt.make_masks returned"
-        )
-    return packing.pack_mask(packing.unpack_mask(mask))
+    packing.require_mask_of(mask, param.shape, path)
+    mask, is_packed = packing.unpack_mask(mask), full.dtype == jnp.uint8
+    return placed_as(full, packing.pack_mask(mask) if is_packed else mask)
 
 
 def refresh(
@@ -234,17 +234,19 @@ def refresh(
     leaves = [chosen_leaves.advance(leaf, method.score) for leaf in leaves]
     packed, num_nonfinite = host.leaf_by_leaf(leaves, recipe, state.count)
     # Where the old masks lie: the training step is compiled for that.
-    placed = [
-        b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
-        for a, b in zip(old, packed, strict=True)
-    ]
+    placed = placed_as(old, packed)
     return state._replace(masks=treedef.unflatten(placed), num_nonfinite=num_nonfinite)
 
 
 def placed_as(old: Any, new: Any) -> Any:
-    """Give new masks the explicit sharding of the old ones; elsewhere do nothing."""
+    """Put new masks where the old ones lie, as far as that is known.
+
+    Outside of jit it is; inside, an explicit mesh says it.
+    """
 
     def place(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not any(isinstance(x, jax.core.Tracer) for x in (a, b)):
+            return b if b.sharding == a.sharding else jax.device_put(b, a.sharding)
         sharding = jax.typeof(a).sharding
         fits = sharding.mesh.empty or sharding == jax.typeof(b).sharding
         if fits:

@@ -56,6 +56,40 @@ def resolve(
     ]
 
 
+def is_rules(value: Any) -> bool:
+    """Tell ordered rules from a single value."""
+    return isinstance(value, Mapping | list | tuple)
+
+
+def values(value: Any, name: str) -> list[Any]:
+    """List what rules may give, or the one value that is for all leaves.
+
+    Args:
+        value: rules, or anything else.
+        name: of the argument, for the error.
+
+    Returns:
+        The values.
+
+    Raises:
+        TypeError: a rule of a sequence is no pair.
+
+    >>> values({"head/.*": 8, ".*": 4}, "bits"), values(8, "bits")
+    ([8, 4], [8])
+    """
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if not is_rules(value):
+        return [value]
+    for rule in value:
+        if not (isinstance(rule, list | tuple) and len(rule) == 2):
+            raise TypeError(
+                f"{name} must be one value or ordered rules {{pattern: value}}, got "
+                f"{rule!r} among them; rules in a sequence are pairs (pattern, value)"
+            )
+    return [each for _, each in value]
+
+
 def check_patterns(
     patterns: Iterable[str | re.Pattern[str]], names: Sequence[str]
 ) -> None:
@@ -176,6 +210,16 @@ def select_leaves(
     return chosen
 
 
+def check_stacked_axes(stacked_axes: StackedAxes) -> None:
+    """Raise for what names no axes, whatever the params."""
+    for axis in values(stacked_axes, "stacked_axes"):
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise TypeError(
+                "stacked_axes must be an integer or rules {pattern: integer}, got "
+                f"{axis!r}; 0 is the first axis, None is for leaves that stack nothing"
+            )
+
+
 def stacked_axis_of(stacked_axes: StackedAxes, tree: Any) -> list[int | None]:
     """Find the axis along which each leaf stacks the layers of a scan.
 
@@ -188,6 +232,7 @@ def stacked_axis_of(stacked_axes: StackedAxes, tree: Any) -> list[int | None]:
         Per leaf its stacked axis, counted from 0, or None.
 
     Raises:
+        TypeError: an axis is no integer.
         ValueError: a rule names an axis that its leaf lacks, or matches nothing; no
             leaf has the one axis.
 
@@ -195,6 +240,7 @@ def stacked_axis_of(stacked_axes: StackedAxes, tree: Any) -> list[int | None]:
     >>> stacked_axis_of({"layers": 0}, params)
     [None, 0]
     """
+    check_stacked_axes(stacked_axes)
     leaves = paths.leaves_with_path(tree)
     if stacked_axes is None:
         return [None] * len(leaves)

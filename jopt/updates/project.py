@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jopt.arrays.compressed import CompressedArray
@@ -70,8 +71,23 @@ def require_params(params: optax.Params | None, name: str) -> None:
 
 def require_count(name: str, value: Any, *, least: int = 0) -> None:
     """Raise if a number of steps is no integer or too small; traced ones pass."""
-    if isinstance(value, float) or (isinstance(value, int) and value < least):
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    is_integer = jnp.issubdtype(value.dtype if is_array else type(value), jnp.integer)
+    is_known = is_integer and not isinstance(value, jax.core.Tracer)
+    if not is_integer or np.ndim(value) or (is_known and value < least):
+        raise ValueError(
+            f"{name} must be an integer of at least {least}, got {value!r}"
+        )
+
+
+def require_state(state: Any, kind: type[Any], name: str) -> None:
+    """Raise if `update` gets a state that is not what `init` makes."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be what init of {name} or its last update returned, a "
+            f"{kind.__name__}, got a {type(state).__name__}; a state belongs to one "
+            "transformation"
+        )
 
 
 def require_transformation(
@@ -177,6 +193,7 @@ def project(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectState]:
         require_params(params, "project")
+        require_state(state, ProjectState, "project")
         treedef: Any
         p, treedef = jax.tree.flatten(params)
         latent = treedef.flatten_up_to(state.latent)

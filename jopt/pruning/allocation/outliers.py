@@ -45,7 +45,8 @@ def owl(threshold: float = 5.0, limit: float = 0.08) -> Allocation:
             [0, 0.5].
 
     Returns:
-        An allocation whose counts add up to the count asked for.
+        An allocation whose counts add up to the count asked for. `jopt.prune` keeps
+        them; `jopt.wanda` rounds them to whole inputs per output.
 
     Raises:
         ValueError: a number is out of range.

@@ -78,7 +78,7 @@ def as_score(scores: ScoreFunction | Score) -> Score:
             "scores must be a function (param, grad) -> scores or a jopt.scores.Score, "
             f"got {scores!r}; for example jopt.scores.magnitude"
         )
-    if not _takes_two(scores):
+    if not takes_two(scores):
         name = getattr(scores, "__name__", repr(scores))
         raise TypeError(
             f"scores must take (param, grad), got {name}, which does not; a criterion "
@@ -93,7 +93,8 @@ def as_score(scores: ScoreFunction | Score) -> Score:
     )
 
 
-def _takes_two(fn: Callable[..., Any]) -> bool:
+def takes_two(fn: Callable[..., Any]) -> bool:
+    """Tell whether a function can be called with two arguments."""
     try:
         inspect.signature(fn).bind(None, None)
     except TypeError:

@@ -1,0 +1,109 @@
+"""What is wrong with an argument whatever the params: one sentence for each.
+
+Numbers that are traced pass: they may be right, and are only known later.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jopt.arrays import patterns
+from jopt.pruning.allocation.units import uniform
+from jopt.pruning.scores.score import Score, takes_two
+from jopt.updates.project import require_count
+
+
+def check_steps(every_steps: Any, begin_step: Any, end_step: Any) -> None:
+    """Raise for a schedule of mask updates that is none; traced numbers pass."""
+    require_count("every_steps", every_steps, least=1)
+    require_count("begin_step", begin_step)
+    is_known = isinstance(begin_step, int)
+    if end_step is not None:
+        require_count("end_step", end_step, least=begin_step if is_known else 0)
+
+
+def check_allocation(allocation: Any) -> None:
+    """Raise for what is no allocation, or one with options that was not called."""
+    if not callable(allocation):
+        raise TypeError(
+            "allocation must be a function (units, sparsity) -> kept, got "
+            f"{allocation!r}; jopt.allocation has uniform and global_ranking"
+        )
+    if not takes_two(allocation) or _has_only_options(allocation):
+        name = getattr(allocation, "__name__", repr(allocation))
+        raise TypeError(
+            f"allocation must take (units, sparsity), got {name}, which does not; an "
+            f"allocation with options is called first: jopt.allocation.{name}(...)"
+        )
+
+
+def _has_only_options(fn: Callable[..., Any]) -> bool:
+    """Tell whether all arguments of a function have defaults, as those of `owl` do."""
+    try:
+        given = inspect.signature(fn).parameters.values()
+    except ValueError:  # written in C, without a signature
+        return False
+    return all(each.default is not each.empty for each in given)
+
+
+def check_uniform(allocation: Any, pattern: Any) -> None:
+    """Raise for an allocation where the pattern fixes the count of every group."""
+    if isinstance(pattern, patterns.NM) and allocation is not uniform:
+        raise ValueError(
+            f"allocation must be uniform for {pattern}, which keeps "
+            f"{pattern.n} of every {pattern.m} everywhere, got {allocation!r}"
+        )
+
+
+def check_key(key: Any) -> None:
+    """Raise for what is no single PRNG key; None passes."""
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype == jnp.uint32 and len(shape) == 1
+    if key is None or (is_typed and shape == ()) or is_raw:
+        return
+    got = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
+    raise TypeError(
+        f"key must be one PRNG key, got {got}; for example key=jax.random.key(0)"
+    )
+
+
+def check_key_of(score: Score, key: Any) -> None:
+    """Raise as `check_key`, and for no key where scores are random."""
+    check_key(key)
+    if score.random and key is None:
+        raise ValueError(
+            "key must be given for random scores, got None; "
+            "for example key=jax.random.key(0)"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise for what is neither True nor False: a string is true whatever it says."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_number(name: str, value: Any, example: str) -> None:
+    """Raise for what is no number."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    dtype = value.dtype if is_array else type(value)
+    is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if not is_number or np.ndim(value):
+        raise TypeError(f"{name} must be a number, got {value!r}; {example}")
+
+
+def check_strength(name: str, value: Any, example: str) -> None:
+    """Raise for a weight of a penalty that is negative, or no number."""
+    check_number(name, value, example)
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"{name} must be a finite number of at least 0, got {value}; {example}"
+        )
