@@ -17,10 +17,11 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   freeze, cluster_weights, get_masks, apply_masks, update_masks,
                   get_scales, get_centroids; scores and allocation to choose from
     a value       schedules
-    a tree        quantize, dequantize; cluster, get_codebooks, set_codebooks
+    a tree        quantize, hqq, dequantize; cluster, get_codebooks, set_codebooks
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq, awq and rtn;
+                  sparsegpt and wanda; gptq, awq, adaround, autoround
+                  and rtn;
                   equalize, smooth and correct_bias
     generation    init_cache, KeyValueCache
     a loss        distillation
@@ -79,6 +80,8 @@ from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import KeyValueCache as KeyValueCache
 from jopt.quantization import QuantizationReport as QuantizationReport
+from jopt.quantization import adaround as adaround
+from jopt.quantization import autoround as autoround
 from jopt.quantization import awq as awq
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import cluster as cluster
@@ -94,6 +97,7 @@ from jopt.quantization import get_centroids as get_centroids
 from jopt.quantization import get_codebooks as get_codebooks
 from jopt.quantization import get_scales as get_scales
 from jopt.quantization import gptq as gptq
+from jopt.quantization import hqq as hqq
 from jopt.quantization import init_cache as init_cache
 from jopt.quantization import observers as observers
 from jopt.quantization import projections as projections

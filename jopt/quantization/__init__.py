@@ -11,7 +11,8 @@ codes), `folding` (norms into weights), `factors` and `input_factors` (numbers p
 channel), `equalization` and `smoothing` (factors moved between leaves),
 `bias_correction`; `layer_scales`, `layer_solving`, `layer_report`, `layers` and
 `post_training` (quantization with calibration data), each method's matrix in a file of
-its name, such as `gptq`; `cache` (keys and values of attention, stored by
+its name, such as `gptq`; `learned_rounding`, `half_quadratic` and `rounding_methods`
+(rounding that is learned or fitted); `cache` (keys and values of attention, stored by
 `cache_storage`), `clusters` and `cluster_weights` (shared values). One array's formats
 and steps are in `jopt.arrays`.
 """
@@ -39,6 +40,9 @@ from jopt.quantization.layer_report import QuantizationReport as QuantizationRep
 from jopt.quantization.post_training import awq as awq
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn
+from jopt.quantization.rounding_methods import adaround as adaround
+from jopt.quantization.rounding_methods import autoround as autoround
+from jopt.quantization.rounding_methods import hqq as hqq
 from jopt.quantization.smoothing import Smoothed as Smoothed
 from jopt.quantization.smoothing import SmoothingReport as SmoothingReport
 from jopt.quantization.smoothing import smooth as smooth
