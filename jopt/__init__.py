@@ -17,7 +17,8 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   freeze, cluster_weights, get_masks, apply_masks, update_masks,
                   get_scales, get_centroids; scores and allocation to choose from
     a value       schedules
-    a tree        quantize, hqq, dequantize; cluster, get_codebooks, set_codebooks
+    a tree        quantize with scale_fits, hqq, dequantize;
+                  cluster, get_codebooks, set_codebooks
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
                   sparsegpt and wanda; gptq, awq, adaround, autoround
@@ -31,6 +32,7 @@ from jopt import distillation as distillation
 from jopt import schedules as schedules
 from jopt.arrays import formats as formats
 from jopt.arrays import rounding as rounding
+from jopt.arrays import scale_fits as scale_fits
 from jopt.arrays.clustered import ClusteredArray as ClusteredArray
 from jopt.arrays.compressed import CompressedArray as CompressedArray
 from jopt.arrays.packing import pack_mask as pack_mask

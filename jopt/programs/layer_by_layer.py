@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from jopt.programs import passes
+from jopt.programs.drift import drift_of_some
 from jopt.programs.passes import Moments
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
@@ -56,6 +57,7 @@ def run_in_order(
     *,
     label: str,
     progress: bool,
+    floats: Any = None,
 ) -> None:
     """Work on layer after layer, each with the inputs that those before it give.
 
@@ -68,15 +70,22 @@ def run_in_order(
         kind: of moments that are needed.
         label: of the bar.
         progress: whether to show one.
+        floats: params as they were, where the moments are "drift".
     """
-    observe = passes.moments_of_some(apply, targets, kind)
+    is_paired = kind == "drift"
+    observe = (
+        drift_of_some(apply, targets)
+        if is_paired
+        else passes.moments_of_some(apply, targets, kind)
+    )
     for step in track(steps, label, progress):
         active = [i for i in step.targets if targets[i].name not in work.left]
         if not active:
             continue
         asked = [targets[i] for i in active]
         values = passes.asked(targets, asked[0], asked, step.layer)
-        found = passes.total(observe, work.params, batches, values)
+        params = (work.params, floats) if is_paired else work.params
+        found = passes.total(observe, params, batches, values)
         _, batch, columns, _ = asked[0].layout.sizes
         shape = passes.moments_shape(kind, batch, columns)
         inputs = work.prepare(found["moments"].pop(str(shape)))

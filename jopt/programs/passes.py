@@ -8,8 +8,7 @@ A pass is one compiled program, run on every batch, whose results add up:
   program serves however many passes: what no flag asks for is not computed, and sites
   of one size share one result.
 
-Both also keep `seen = w v`, with numbers v of our own: whoever takes a part of
-a leaf for w can tell whether that is what the inputs met.
+Both also keep what tells the weights that the inputs met, see `probes`.
 """
 
 import functools
@@ -20,22 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.arrays.axes import gather_values, named_sharding
+from jopt.arrays.axes import gather_values
 from jopt.programs import compat, flags, interpret, sites, statistics
-from jopt.programs.handlers import Handler, Use, to_array
+from jopt.programs.handlers import Handler, Use
 from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
+from jopt.programs.probes import seen_at
 from jopt.programs.record import inputs_of
 from jopt.programs.targets import Target
-from jopt.programs.weights import (
-    Part,
-    parts,
-    shared_batch,
-    weight_matrix,
-)
+from jopt.programs.weights import Part, parts, shared_batch
 
-# "magnitudes" is the Gram matrix with one more row below it, the sums of |x|.
-Moments = Literal["gram", "magnitudes", "squares"]
+# "magnitudes" is the Gram matrix with one more row below it, the sums of |x|; "drift"
+# the Gram matrix, and X^T (X' - X) with the inputs X' that the floats give.
+Moments = Literal["gram", "magnitudes", "squares", "drift"]
 Pass = Callable[[Any, Any, Any], Any]
 Found = dict[str, jax.Array]
 
@@ -53,6 +49,8 @@ def moments_shape(kind: Moments, batch: int, columns: int) -> tuple[int, ...]:
     """
     if kind == "squares":
         return batch, columns
+    if kind == "drift":
+        return batch, 2, columns, columns
     return batch, columns + (kind == "magnitudes"), columns
 
 
@@ -98,7 +96,7 @@ def moments_of_all(
         The pass; it gives site name to `{"moments", "seen"}`, with leading axes for
         layers and devices.
     """
-    statistic = statistics.summed(functools.partial(_measure, kind))
+    statistic = statistics.summed(lambda use: measured(use, _moments(kind, use)))
     handler = Handler(
         lambda use: (use.run(), statistic.summarize(use)),
         at(targets),
@@ -122,10 +120,27 @@ def moments_of_some(
         The pass; its values are what `asked` returns. It gives `moments`, the sum of
         those asked for by shape, and `seen` by site name.
     """
-    statistic = statistics.summed(functools.partial(_measure, kind))
+    return jax.jit(some_moments(apply, targets, lambda use: _moments(kind, use)))
+
+
+def some_moments(
+    apply: Callable[..., Any],
+    targets: Sequence[Target],
+    moments_of: Callable[[Use], jax.Array],
+) -> Pass:
+    """Return a pass that keeps what is asked for, to be compiled.
+
+    Args:
+        apply: the function.
+        targets: whose sites may be asked for.
+        moments_of: what to keep of a site, `[batch, ...]`, a sum over rows.
+
+    Returns:
+        The pass, as `moments_of_some`.
+    """
+    statistic = statistics.summed(lambda use: measured(use, moments_of(use)))
     by_name = {site.name: site for target in targets for site, _ in target.uses}
 
-    @jax.jit
     def run(params: Any, inputs: Any, values: Any) -> Any:
         outside = compat.trace_state()
         moments: Found = {}
@@ -269,43 +284,31 @@ def seen_by(target: Target, seen: Mapping[str, Any]) -> jax.Array:
     return functools.reduce(jnp.add, each)
 
 
-def probe(num_outputs: int) -> jax.Array:
-    """Make numbers for `seen = w v` that no two outputs share."""
-    place = jnp.arange(num_outputs, dtype=jnp.float32)
-    return jnp.cos(1.0 + place * 2.3) + 0.1 * jnp.sin(0.7 * place)
-
-
-def _measure(kind: Moments, use: Use) -> Any:
-    """Keep what meets the weights, and what they are."""
+def _moments(kind: Moments, use: Use) -> jax.Array:
+    """Keep what meets the weights."""
     if kind == "squares":
-        moments = statistics.norms().summarize(use)["squares"]
-    else:
-        moments = statistics.gram_below(input_matrix(use))
+        squares: jax.Array = statistics.norms().summarize(use)["squares"]
+        return squares
+    moments = statistics.gram_below(input_matrix(use))
     if kind == "magnitudes":
         sums = jnp.sum(jnp.abs(input_matrix(use)), axis=1, keepdims=True)
         moments = jnp.concatenate([moments, gather_values(sums)], axis=1)
+    return moments
+
+
+def measured(use: Use, moments: jax.Array) -> Any:
+    """Keep moments of what meets the weights, and what these are.
+
+    Args:
+        use: of a site.
+        moments: `[batch, ...]`, a sum over its rows.
+
+    Returns:
+        `{"moments", "seen"}`.
+    """
     site = use.site
-    operand = jnp.asarray(to_array(use.weight))
-    seen = []
-    for part in parts(site):
-        w = weight_matrix(site, part.of(operand)).astype(jnp.float32)
-        each = everywhere(_probed, w)
-        seen.append(shared_batch(site, each, part.view))
     view = parts(site)[0].view
-    return {"moments": shared_batch(site, moments, view), "seen": tuple(seen)}
-
-
-def _probed(w: jax.Array) -> jax.Array:
-    return jnp.einsum("bkn,n->bk", w, probe(w.shape[-1]), precision="highest")
-
-
-def everywhere(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Compute a value that every device of an explicit mesh is to have."""
-    shardings = [s for s in map(named_sharding, arrays) if s is not None]
-    if not shardings:
-        return function(*arrays)
-    whole = shardings[0].update(spec=())
-    return jnp.asarray(jax.sharding.auto_axes(function, out_sharding=whole)(*arrays))
+    return {"moments": shared_batch(site, moments, view), "seen": seen_at(use)}
 
 
 def _typed_zeros(summarize: Callable[[Use], Any], use: Use) -> Any:
@@ -353,28 +356,3 @@ def stacking(site: Site) -> list[Any]:
 def lengths(site: Site) -> tuple[int, ...]:
     """List the numbers of layers of the scans around a site."""
     return tuple(around.size for around in site.around if around.kind == "layers")
-
-
-def is_met(seen: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Tell whether matrices are what the inputs met, up to one factor.
-
-    Args:
-        seen: `[batch, columns]`, sums of `w v`.
-        matrices: `[batch, columns, outputs]`, what w is taken for.
-
-    Returns:
-        Whether they are.
-    """
-    expected = jnp.einsum(
-        "bkn,n->bk",
-        matrices.astype(jnp.float32),
-        probe(matrices.shape[-1]),
-        precision="highest",
-    )
-    # Batch entries that nothing reached are not seen, and not pruned either.
-    ran = jnp.any(seen != 0, axis=-1, keepdims=True)
-    expected = jnp.where(ran, expected, 0.0)
-    norm = jnp.sum(expected * expected)
-    factor = jnp.sum(seen * expected) / jnp.where(norm > 0, norm, 1.0)
-    rest = seen - factor * expected
-    return jnp.sum(rest * rest) <= 0.01 * jnp.sum(seen * seen)

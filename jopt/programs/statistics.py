@@ -99,7 +99,7 @@ def gram() -> Statistic:
 
     def summarize(use: Use) -> Any:
         x = input_matrix(use)
-        return {"gram": _product(x, x), "rows": jnp.float32(x.shape[1])}
+        return {"gram": product(x, x), "rows": jnp.float32(x.shape[1])}
 
     return summed(summarize)
 
@@ -119,11 +119,11 @@ def gram_below(x: jax.Array) -> jax.Array:
     columns = x.shape[-1]
     width = -(-columns // _PARTS)
     if columns < _LARGE or _on_every_device(x) is not None:
-        return _product(x, x)
+        return product(x, x)
     below = jnp.zeros((x.shape[0], columns, columns), jnp.float32)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        part = _product(x[..., start:stop], x[..., :stop])
+        part = product(x[..., start:stop], x[..., :stop])
         below = below.at[:, start:stop, :stop].set(part)
     return below
 
@@ -149,7 +149,16 @@ def mirrored(gram: jax.Array) -> jax.Array:
 _PARTS, _LARGE = 8, 1024
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return X^T Y, on every device of a mesh.
+
+    Args:
+        x: float32 [batch, rows, columns].
+        y: of that shape.
+
+    Returns:
+        [batch, columns, columns].
+    """
     return jnp.einsum(
         "bmk,bml->bkl",
         x,

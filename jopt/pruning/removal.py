@@ -10,6 +10,7 @@ from jopt.programs import passes
 from jopt.programs.handlers import Handler, Use, to_array
 from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
+from jopt.programs.probes import everywhere
 from jopt.programs.targets import Target
 from jopt.programs.weights import parts, repeated_batch, weight_matrix
 
@@ -36,7 +37,7 @@ def errors_of_all(apply: Callable[..., Any], targets: Sequence[Target]) -> passe
                 continue
             w = weight_matrix(use.site, part.of(operand)).astype(jnp.float32)
             mask = repeated_batch(use.site, kept, part.view)
-            errors.append(passes.everywhere(_squares, x, w, mask))
+            errors.append(everywhere(_squares, x, w, mask))
         return {"errors": tuple(errors)}
 
     def initial(site: Site) -> Any:

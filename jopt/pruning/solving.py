@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.gram_errors import squared_norms, sum_by_outputs
 from jopt.programs.layouts import Layout
-from jopt.programs.passes import Moments, is_met
+from jopt.programs.passes import Moments
+from jopt.programs.probes import is_met
 from jopt.programs.spread import (
     as_automatic,
     automatic,

@@ -11,7 +11,7 @@ codes), `folding` (norms into weights), `factors` and `input_factors` (numbers p
 channel), `equalization` and `smoothing` (factors moved between leaves),
 `bias_correction`; `layer_scales`, `layer_solving`, `layer_report`, `layers` and
 `post_training` (quantization with calibration data), each method's matrix in a file of
-its name, such as `gptq`; `learned_rounding`, `half_quadratic` and `rounding_methods`
+its name, such as `gptq`; `learned_rounding` and `rounding_methods`
 (rounding that is learned or fitted); `cache` (keys and values of attention, stored by
 `cache_storage`), `clusters` and `cluster_weights` (shared values). One array's formats
 and steps are in `jopt.arrays`.

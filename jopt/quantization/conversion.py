@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.arrays.codes import check_array
 from jopt.arrays.quantized import quantize_array
 from jopt.arrays.ranges import Range, scale_of
+from jopt.arrays.scale_fits import Fit
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
 from jopt.quantization.specs import SpecOrRules, known_specs, resolve_specs
@@ -21,6 +23,7 @@ def quantize(
     *,
     sites: SiteTable | None = None,
     scales: Any = None,
+    fit: Fit | None = None,
     select: rules.Select = None,
     stacked_axes: rules.StackedAxes = None,
 ) -> Any:
@@ -39,6 +42,9 @@ def quantize(
             what groups run (inputs).
         scales: what `jopt.get_scales(state)` returned, to use trained scales; computed
             from the weights when None.
+        fit: how to compute scales from the weights: a function `(w, spec) -> Scale`,
+            such as those of `jopt.scale_fits`; None for those that reach the ends of
+            their ranges.
         select: which leaves of a tree are quantized; None for float leaves with at
             least two axes, stacked ones not counted.
         stacked_axes: which axis stacks layers: an int or rules `{pattern: axis}`; each
@@ -49,7 +55,8 @@ def quantize(
         leaves.
 
     Raises:
-        ValueError: a rule matches nothing, or a spec or scale does not fit its leaf.
+        ValueError: a rule matches nothing, a spec or scale does not fit its leaf, or
+            both `scales` and `fit` are given.
 
     >>> import jax.numpy as jnp, jopt
     >>> q = jopt.quantize(
@@ -58,12 +65,20 @@ def quantize(
     >>> q.nbytes * 8 / q.size
     4.5
     """
+    if fit is not None and scales is not None:
+        raise ValueError(
+            "fit must be None where scales are given, got both; leave one out"
+        )
+    fitted = None if fit is None else jax.jit(fit, static_argnums=1)
     if hasattr(tree, "dtype") and hasattr(tree, "shape"):
         if not isinstance(spec_or_rules, QuantSpec):
             raise TypeError(
                 "spec_or_rules must be a jopt.QuantSpec for a bare array, "
                 f"got {spec_or_rules!r}"
             )
+        if fitted is not None:
+            w = check_array(tree, spec_or_rules, "w")
+            scales = fitted(w, spec_or_rules)
         return quantize_array(tree, spec_or_rules, scale=scales)
     ranges: dict[str, Range] = {}
     if isinstance(spec_or_rules, Calibration):
@@ -85,6 +100,8 @@ def quantize(
             continue
         if path in ranges:
             scale = scale_of(ranges[path], spec, leaf.ndim)
+        elif fitted is not None:
+            scale = fitted(check_array(leaf, spec, path), spec)
         scale = None if is_masked_node(scale) else scale
         arrays.append(quantize_array(leaf, spec, scale=scale, path=path))
     return treedef.unflatten(arrays)

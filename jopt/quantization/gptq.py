@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.factors import inverse_factor
-from jopt.arrays.scales import Scale, compute_range, compute_scale
+from jopt.arrays.scale_fits import Fit, by_range
+from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.arrays.sweeps import sweep
 from jopt.quantization.layer_solving import Solved
@@ -40,6 +41,7 @@ def gptq_matrix(
     activation_order: bool = False,
     block_size: int = 128,
     damping: float = 0.01,
+    fit: Fit = by_range,
 ) -> tuple[jax.Array, Scale]:
     """Quantize one matrix by GPTQ.
 
@@ -51,6 +53,7 @@ def gptq_matrix(
         block_size: inputs whose errors are passed on together; the result does not
             depend on it but for rounding.
         damping: added to the diagonal of H, as a fraction of its mean.
+        fit: how scales follow from weights, see `jopt.arrays.scale_fits`.
 
     Returns:
         The weights on the grid, float32, and their scales [groups, outputs]. All NaN if
@@ -76,26 +79,27 @@ def gptq_matrix(
         "activation_order": activation_order,
         "block_size": block_size,
         "damping": damping,
+        "fit": fit,
     }
     check(**options)
     found = round_prepared(
         wide,
         prepare(gram, **options),
         jnp.diagonal(gram),
-        compute_scale(*compute_range(wide, spec), spec),
+        fit(wide, spec),
         spec,
         **options,
     )
     return found.values, found.scale
 
 
-def check(*, activation_order: bool, block_size: int, damping: float) -> None:
+def check(*, activation_order: bool, block_size: int, damping: float, fit: Fit) -> None:
     """Raise for options that are wrong whatever the weights.
 
     Raises:
         ValueError: a number is out of range.
     """
-    del activation_order
+    del activation_order, fit
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if not damping >= 0:
@@ -165,7 +169,7 @@ def round_prepared(
         if options["activation_order"]:
             values = jnp.zeros_like(values).at[order].set(values)
     else:
-        values, scale = _with_groups(weights, prepared, spec, block)
+        values, scale = _with_groups(weights, prepared, spec, block, options["fit"])
     # Whatever of R is not a number, its first is not one either.
     values = jnp.where(jnp.isfinite(prepared[0, 0]), values, jnp.nan)
     return Solved(values, scale)
@@ -195,13 +199,12 @@ def _with_scales(
 
 
 def _with_groups(
-    weights: jax.Array, prepared: jax.Array, spec: QuantSpec, block: int
+    weights: jax.Array, prepared: jax.Array, spec: QuantSpec, block: int, fit: Fit
 ) -> tuple[jax.Array, Scale]:
     """Round with the scales that groups have when they are reached."""
 
     def plan(rows: jax.Array, diagonal: jax.Array, start: jax.Array) -> Scale:
-        one = compute_scale(*compute_range(rows, spec), spec)
-        return jax.tree.map(lambda x: x[0], one)
+        return jax.tree.map(lambda x: x[0], fit(rows, spec))
 
     def decide(w: jax.Array, own: Scale, i: jax.Array) -> jax.Array:
         return _round_row(w, own, spec)

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.codes import compute_codes, compute_levels, scale_levels
 from jopt.arrays.gram_errors import squared_norms
+from jopt.arrays.scale_fits import Fit, by_range
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.layouts import Layout
-from jopt.programs.passes import Moments, is_met
+from jopt.programs.passes import Moments
+from jopt.programs.probes import is_met
 from jopt.programs.spread import (
     as_automatic,
     automatic,
@@ -35,6 +38,8 @@ from jopt.programs.spread import (
 from jopt.programs.statistics import mirrored
 from jopt.programs.targets import Target
 from jopt.quantization.layer_scales import layer_scale
+
+_DAMPING = 0.01  # of Gram matrices that correct for a drift
 
 
 class Solved(NamedTuple):
@@ -69,6 +74,7 @@ class Method(NamedTuple):
         options: further arguments.
         has_own_scales: whether it gives outputs other scales than rounding to nearest,
             so that they cannot share one.
+        fit: the scales of a leaf, for rounding to nearest.
     """
 
     name: str
@@ -78,19 +84,23 @@ class Method(NamedTuple):
     order: Callable[..., jax.Array] | None = None
     options: tuple[tuple[str, Any], ...] = ()
     has_own_scales: bool = False
+    fit: Fit = by_range
 
 
 class Inputs(NamedTuple):
-    """What is known of the inputs of one layer.
+    """What is known of the inputs X of one layer.
 
     Attributes:
         prepared: `[batch, columns, columns]`, None where only squares are kept; of
             magnitudes with their row below.
         squares: `[batch, columns]`, of the norm of each input.
+        drift: `[batch, columns, columns]`, (X^T X)^-1 X^T (X' - X) with the inputs X'
+            that the floats give, damped; None where they are not asked for.
     """
 
     prepared: jax.Array | None
     squares: jax.Array
+    drift: jax.Array | None = None
 
 
 class Facts(NamedTuple):
@@ -129,6 +139,20 @@ def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
     return Inputs(each(functools.partial(method.prepare, **options), gram), squares)
 
 
+@jax.jit
+def _split(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Part the Gram matrices from what they make of the moments of a drift."""
+
+    def solve(both: jax.Array) -> jax.Array:
+        gram, moved = mirrored(both[0]), both[1]
+        diagonal = jnp.diagonal(gram)
+        more = jnp.where(diagonal == 0, 1.0, _DAMPING * jnp.mean(diagonal))
+        factor = jax.scipy.linalg.cho_factor(gram + jnp.diag(more))
+        return jax.scipy.linalg.cho_solve(factor, moved)
+
+    return moments[:, 0], each(solve, moments)
+
+
 @automatic()
 def prepare(moments: jax.Array, *, method: Method) -> Inputs:
     """Get ready what the matrices that read one input share.
@@ -143,6 +167,9 @@ def prepare(moments: jax.Array, *, method: Method) -> Inputs:
     moments = on_every_device(moments)
     if moments.ndim == 2:
         return Inputs(None, moments)
+    if moments.ndim == 4:
+        gram, drift = _split(moments)
+        return _prepared(gram, method=method)._replace(drift=drift)
     return _prepared(moments, method=method)
 
 
@@ -158,6 +185,7 @@ def quantize_layer(
     method: Method,
     is_own: bool,
     errors: bool,
+    correction: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Solved, Facts]:
     """Quantize one layer of a leaf.
 
@@ -172,6 +200,8 @@ def quantize_layer(
         method: what to do.
         is_own: whether the leaf may be used up.
         errors: whether to measure them.
+        correction: how much of the drift of its inputs the weights make up for, before
+            they are quantized: W + correction drift W.
 
     Returns:
         The leaf and its codes, where the leaf lay; scales of the layer, fields
@@ -193,6 +223,7 @@ def quantize_layer(
             spec=target.goal,
             method=method,
             with_errors=errors,
+            correction=correction,
             split=by_outputs(whole, target.layout),
             back=whole.sharding if isinstance(whole.sharding, NamedSharding) else None,
         )
@@ -212,6 +243,7 @@ def _quantize_layer(
     spec: QuantSpec,
     method: Method,
     with_errors: bool,
+    correction: float,
     split: NamedSharding | None,
     back: NamedSharding | None,
 ) -> tuple[Solved, jax.Array, jax.Array, Facts]:
@@ -227,10 +259,20 @@ def _quantize_layer(
     options = dict(method.options)
 
     def one(
-        w: jax.Array, prepared: jax.Array | None, squares: jax.Array, nearest: Scale
+        w: jax.Array,
+        prepared: jax.Array | None,
+        squares: jax.Array,
+        drift: jax.Array | None,
+        nearest: Scale,
     ) -> Any:
-        wide = w.astype(jnp.float32)
-        found = method.matrix(wide, prepared, squares, nearest, form, **options)
+        wide = goal = w.astype(jnp.float32)
+        start = nearest
+        if drift is not None:
+            moved = jnp.matmul(drift, wide, precision=lax.Precision.HIGHEST)
+            goal = wide + correction * moved
+            if nearest.outer_scale is None:  # one of all groups stays as it is
+                start = method.fit(goal, form)
+        found = method.matrix(goal, prepared, squares, start, form, **options)
         is_solved = jnp.isfinite(found.values).all()
         is_left = ~(is_finite & met & jnp.any(squares > 0))
         scale = jax.tree.map(
@@ -253,7 +295,7 @@ def _quantize_layer(
             if method.order is not None:
                 order = method.order(squares, **options)
             errors = squared_norms(
-                wide[order],
+                goal[order],
                 values[order],
                 prepared,
                 squares[order],
@@ -263,7 +305,7 @@ def _quantize_layer(
         return kept, new, solved, is_solved | is_left, noise, errors
 
     kept, new, solved, is_solved, noise, errors = each(
-        one, weights, inputs.prepared, inputs.squares, rounded
+        one, weights, inputs.prepared, inputs.squares, inputs.drift, rounded
     )
     facts = Facts(
         is_finite,
@@ -292,7 +334,9 @@ def _quantize_layer(
     return solved, results[0], results[1], facts
 
 
-_STATIC = ("layout", "spec", "method", "with_errors", "split", "back")
+_STATIC = (
+    "layout", "spec", "method", "with_errors", "correction", "split", "back"
+)  # fmt: skip
 _anew = jax.jit(_quantize_layer, static_argnames=_STATIC, donate_argnames="codes")
 _in_place = jax.jit(
     _quantize_layer, static_argnames=_STATIC, donate_argnames=("leaf", "codes")

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
-from jopt.arrays.scales import Scale, compute_range, compute_scale
+from jopt.arrays.scale_fits import Fit
+from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
 from jopt.programs import flags, passes, sites
+from jopt.programs.drift import require_pairs
 from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
 from jopt.programs.record import inputs_of, require_batches, track
 from jopt.programs.sites import SiteTable
@@ -49,8 +51,10 @@ class _Work:
         left: Any,
         *,
         errors: bool,
+        correction: float,
     ) -> None:
         self.method = method
+        self.correction = correction
         self.errors = errors
         self.targets = targets
         self.left: dict[str, str] = dict(left)
@@ -62,7 +66,9 @@ class _Work:
         self.leaves = list(self.dense)
         self.codes: dict[int, jax.Array] = {}
         require_finite(targets, self.dense)
-        self.static = {t.leaf: _scale_of(self.dense[t.leaf], t.goal) for t in targets}
+        self.static = {
+            t.leaf: _scale_of(self.dense[t.leaf], t.goal, method.fit) for t in targets
+        }
 
     @property
     def params(self) -> Any:
@@ -96,6 +102,7 @@ class _Work:
             method=self.method,
             is_own=at in self.codes,
             errors=self.errors,
+            correction=self.correction,
         )
         if facts.is_met or at in self.codes:
             self.leaves[at], self.codes[at] = leaf, codes
@@ -188,9 +195,9 @@ _joined_inputs = jax.jit(
 )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _scale_of(leaf: jax.Array, spec: QuantSpec) -> Scale:
-    return compute_scale(*compute_range(leaf, spec), spec)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _scale_of(leaf: jax.Array, spec: QuantSpec, fit: Fit) -> Scale:
+    return fit(leaf, spec)
 
 
 def quantize_layers(
@@ -204,8 +211,10 @@ def quantize_layers(
     error_propagation: bool,
     errors: bool,
     progress: bool,
+    correction: float = 0.0,
 ) -> tuple[Any, QuantizationReport]:
     """Quantize all layers by any method; see `post_training` for the arguments."""
+    _check_correction(correction, error_propagation)
     require_batches(batches)
     if isinstance(batches, Iterator):
         batches = list(batches)
@@ -214,6 +223,8 @@ def quantize_layers(
         raise ValueError("batches must have at least one item, got none")
     inputs = flags.fix(inputs_of(first))
     analysis = sites.analyse(apply, params, inputs, {})
+    if correction:
+        require_pairs(analysis.table)
     targets, left = _targets(analysis.table, params, spec_or_rules, select)
     if not targets:
         listed = "; ".join(f"{path}: {why}" for path, why in left.items())
@@ -221,17 +232,27 @@ def quantize_layers(
             f"{method.name} must have something to quantize, got no leaf that it can "
             f"({listed or 'none is selected'}); choose others with select"
         )
-    if method.has_own_scales:
+    if method.has_own_scales or correction:
         for target in targets:
             _check_outputs(target, method)
-    work = _Work(method, params, targets, left, errors=errors)
+    work = _Work(method, params, targets, left, errors=errors, correction=correction)
     steps = steps_of(analysis, targets)
     is_enough = not errors or method.moments != "squares"
     kind: passes.Moments = method.moments if is_enough else "gram"
+    if correction:
+        kind = "drift"
     if error_propagation:
         label = f"quantizing by {method.name}"
         run_in_order(
-            work, apply, batches, targets, steps, kind, label=label, progress=progress
+            work,
+            apply,
+            batches,
+            targets,
+            steps,
+            kind,
+            label=label,
+            progress=progress,
+            floats=params,
         )
     else:
         label = f"measuring for {method.name}"
@@ -263,6 +284,19 @@ def _targets(
     for target in targets:
         _check_grid(target)
     return targets, left
+
+
+def _check_correction(correction: Any, error_propagation: bool) -> None:
+    """Raise for what is no share, or has nothing to correct for."""
+    if isinstance(correction, bool) or not 0 <= correction <= 1:
+        raise ValueError(
+            f"correction must be in [0, 1], got {correction!r}; 0.5 is usual"
+        )
+    if correction and not error_propagation:
+        raise ValueError(
+            "error_propagation must be True for a correction, which makes up for what "
+            f"quantized layers before do, got correction={correction}; leave it at 0"
+        )
 
 
 def _check_outputs(target: Target, method: Method) -> None:

@@ -8,20 +8,18 @@ that large weights do not rule.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import optax
 
-from jopt.arrays.quantized import quantize_array
+from jopt.arrays.scale_fits import Fit, by_range, half_quadratic
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
-from jopt.quantization import half_quadratic
+from jopt.quantization.conversion import quantize
 from jopt.quantization.layer_report import QuantizationReport
 from jopt.quantization.layer_solving import Method
 from jopt.quantization.layers import quantize_layers
 from jopt.quantization.learned_rounding import learn_offsets, learn_up_or_down
-from jopt.quantization.specs import SpecOrRules, resolve_specs
-from jopt.trees import paths, rules
-from jopt.updates.states import is_masked_node
+from jopt.quantization.specs import SpecOrRules
+from jopt.trees import rules
 
 # By identity part of compiled programs: one object, so that they are compiled once.
 _ADAM = optax.adam(1e-2)
@@ -35,9 +33,11 @@ def adaround(
     *,
     select: rules.Select = None,
     error_propagation: bool = True,
+    correction: float = 0.0,
     optimizer: optax.GradientTransformation = _ADAM,
     num_steps: int = 1000,
     strength: float = 4.0,
+    fit: Fit = by_range,
     errors: bool = True,
     progress: bool = True,
 ) -> tuple[Any, QuantizationReport]:
@@ -49,7 +49,7 @@ def adaround(
 
     with the levels a <= w <= b beside each weight, and beta going from 20 to 2. The
     first term is tr(D^T G D) with the Gram matrix G of the inputs, so no activation is
-    kept; the scales are those of rounding to nearest. Rounding to nearest is kept where
+    kept; the scales are those of `fit`. Rounding to nearest is kept where
     what was learned is not better.
 
     What it costs: the passes of `gptq`, and per matrix `num_steps` times twice the
@@ -62,10 +62,12 @@ def adaround(
         spec_or_rules: a `jopt.QuantSpec` of any format, or rules, as for `gptq`.
         select: which leaves, as for `gptq`.
         error_propagation: whether a layer sees what quantized layers before it give.
+        correction: as for `gptq`.
         optimizer: of v, any Optax transformation. Keep one object: each new one is
             compiled anew.
         num_steps: of it, per matrix.
         strength: of the second term.
+        fit: how scales follow from weights, as for `gptq`.
         errors: whether the report says what each layer loses of its results.
         progress: whether to show a bar, if there is a terminal.
 
@@ -99,6 +101,7 @@ def adaround(
             ("optimizer", optimizer),
             ("strength", strength),
         ),
+        fit=fit,
     )
     return quantize_layers(
         method,
@@ -108,6 +111,7 @@ def adaround(
         spec_or_rules,
         select=select,
         error_propagation=error_propagation,
+        correction=correction,
         errors=errors,
         progress=progress,
     )
@@ -121,6 +125,7 @@ def autoround(
     *,
     select: rules.Select = None,
     error_propagation: bool = True,
+    correction: float = 0.0,
     optimizer: optax.GradientTransformation | None = None,
     num_steps: int = 200,
     errors: bool = True,
@@ -146,6 +151,7 @@ def autoround(
             Outputs must have scales of their own.
         select: which leaves, as for `gptq`.
         error_propagation: whether a layer sees what quantized layers before it give.
+        correction: as for `gptq`.
         optimizer: any Optax transformation; None for steps of the sign of the gradient,
             from 1 / num_steps down to 0 on a line. Keep one object: each new one is
             compiled anew.
@@ -191,6 +197,7 @@ def autoround(
         spec_or_rules,
         select=select,
         error_propagation=error_propagation,
+        correction=correction,
         errors=errors,
         progress=progress,
     )
@@ -213,13 +220,13 @@ def hqq(
     which a few large errors do not rule. In turns, E = shrink(W - Q) is taken for what
     may stay wrong, and the scale (and zero point) of each group fitted to W - E by
     least squares; the best of all turns per group is kept, the first of which is
-    rounding to nearest. Zero points are whole numbers here, and scales are fitted with
-    them; the original fits zero points alone, as real numbers.
+    rounding to nearest. It is `jopt.quantize` with `jopt.scale_fits.half_quadratic` as
+    its `fit`, which other methods take too; equations, and what is done in another way
+    than in the original, are there.
 
     Args:
-        params: a tree of float arrays.
-        spec_or_rules: a `jopt.QuantSpec` of an integer format, or rules `{path pattern:
-            spec or None}`.
+        params: a float array, or any tree.
+        spec_or_rules: a `jopt.QuantSpec`, or rules `{path pattern: spec or None}`.
         sites: as for `jopt.quantize`: roles of axes, where `axis` is left out.
         select: which leaves, as for `jopt.quantize`.
         stacked_axes: which axis stacks layers, as for `jopt.quantize`.
@@ -230,7 +237,8 @@ def hqq(
         The tree with `QuantizedArray` leaves, as `jopt.quantize` gives it.
 
     Raises:
-        ValueError: a format is no integer one, or a number is out of range.
+        ValueError: as for `jopt.quantize`, a number is out of range, or a format
+            prescribes what its scales may be (mxfp8, mxfp4, nvfp4).
 
     References:
         Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models,
@@ -246,25 +254,14 @@ def hqq(
     >>> bool(errors[0] < 0.8 * errors[1])
     True
     """
-    _check_steps(num_steps)
-    if not 0 < norm <= 1:
-        raise ValueError(f"norm must be in (0, 1], got {norm}; 0.7 is usual")
-    _require_integers(spec_or_rules, "hqq")
-    specs = resolve_specs(
-        spec_or_rules, params, select=select, stacked_axes=stacked_axes, sites=sites
+    return quantize(
+        params,
+        spec_or_rules,
+        sites=sites,
+        fit=half_quadratic(norm=norm, num_steps=num_steps),
+        select=select,
+        stacked_axes=stacked_axes,
     )
-    grids: list[Any]
-    treedef: Any
-    grids, treedef = jax.tree.flatten(specs, is_leaf=is_masked_node)
-    leaves = treedef.flatten_up_to(params)
-    arrays = []
-    for path, leaf, spec in zip(paths.leaf_paths(params), leaves, grids, strict=True):
-        if is_masked_node(spec):
-            arrays.append(leaf)
-            continue
-        scale = half_quadratic.fit(leaf, spec, norm=norm, num_steps=num_steps)
-        arrays.append(quantize_array(leaf, spec, scale=scale, path=path))
-    return treedef.unflatten(arrays)
 
 
 def _sign_descent(num_steps: int) -> optax.GradientTransformation:

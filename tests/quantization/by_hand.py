@@ -4,12 +4,13 @@ import ml_dtypes
 import numpy as np
 
 
-def scale_by_hand(rows, spec):
-    """Return scale and zero point of each output of some rows."""
+def scale_by_hand(rows, spec, share=1.0):
+    """Return scale and zero point of each output, of a share of the range of rows."""
     bits = spec.format.bits
     bfloat16 = spec.scale_dtype == ml_dtypes.bfloat16
-    low = np.minimum(rows.min(0), 0).astype(np.float32)
-    high = np.maximum(rows.max(0), 0).astype(np.float32)
+    share = np.float32(share)
+    low = share * np.minimum(rows.min(0), 0).astype(np.float32)
+    high = share * np.maximum(rows.max(0), 0).astype(np.float32)
     if spec.symmetric:
         scale = np.maximum(-low, high) / np.float32(2 ** (bits - 1) - 1)
         return (_nearest(scale) if bfloat16 else scale), np.zeros_like(scale)
@@ -51,7 +52,9 @@ def round_by_hand(weights, spec):
     return values, codes
 
 
-def gptq_by_hand(weights, gram, spec, *, activation_order=False, damping=0.01):
+def gptq_by_hand(
+    weights, gram, spec, *, activation_order=False, damping=0.01, share=1.0
+):
     """Quantize [inputs, outputs] by arXiv:2210.17323: values and codes."""
     w, h = weights.astype(np.float64), gram.astype(np.float64)
     size = spec.group_size or len(w)
@@ -62,7 +65,8 @@ def gptq_by_hand(weights, gram, spec, *, activation_order=False, damping=0.01):
     if activation_order:
         order = np.argsort(-np.diag(gram), kind="stable")
     static = [
-        scale_by_hand(weights[i : i + size], spec) for i in range(0, len(w), size)
+        scale_by_hand(weights[i : i + size], spec, share)
+        for i in range(0, len(w), size)
     ]
     w, h = w[order], h[order][:, order]
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
@@ -71,7 +75,7 @@ def gptq_by_hand(weights, gram, spec, *, activation_order=False, damping=0.01):
         if activation_order or spec.group_size is None:
             scale, zero_point = static[order[i] // size]
         elif i % size == 0:
-            scale, zero_point = scale_by_hand(w[i : i + size], spec)
+            scale, zero_point = scale_by_hand(w[i : i + size], spec, share)
         codes[i] = codes_by_hand(w[i], scale, zero_point, spec)
         values[i] = (codes[i] - zero_point) * scale
         w[i:] -= np.outer(upper[i, i:], (w[i] - values[i]) / upper[i, i])

@@ -10,7 +10,7 @@ import pytest
 
 import jopt
 from jopt.arrays.scales import compute_range, compute_scale
-from jopt.quantization import half_quadratic, learned_rounding
+from jopt.quantization import learned_rounding
 from tests.quantization.by_hand import scale_by_hand
 
 F = jopt.formats
@@ -176,7 +176,7 @@ def hqq_by_hand(w, spec, p, turns):
 )
 def test_hqq_takes_the_turns_of_the_naive_version(spec):
     w = np.random.default_rng(0).standard_t(3, size=(40, 6)).astype(np.float32)
-    found = half_quadratic.fit(w, spec, norm=0.7, num_steps=4)
+    found = jopt.scale_fits.half_quadratic(num_steps=4)(jnp.asarray(w), spec)
     for i in range(w.shape[1]):
         scale, zero_point = hqq_by_hand(w[:, i].astype(np.float64), spec, 0.7, 4)
         np.testing.assert_allclose(found.scale[0, i], scale, rtol=1e-4)
@@ -238,8 +238,8 @@ def test_wrong_arguments_raise():
         "an integer one for autoround, got nf4": lambda: jopt.autoround(
             mlp, params, [x], jopt.QuantSpec(F.nf4)
         ),
-        "an integer one for hqq, got nf4": lambda: jopt.hqq(
-            params, {"up": jopt.QuantSpec(F.nf4)}
+        "free to choose scales, got mxfp4": lambda: jopt.hqq(
+            {"w": draw(32, 4)}, jopt.QuantSpec(F.mxfp4)
         ),
         r"norm must be in \(0, 1\], got 2": lambda: jopt.hqq(params, spec, norm=2),
         "num_steps must be an integer of at least 1, got 1.5": lambda: jopt.hqq(
