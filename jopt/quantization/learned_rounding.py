@@ -3,13 +3,14 @@
 Between the levels a <= w <= b beside a weight, in units of its scale,
 
     AdaRound    q = a + h(v) (b - a),  h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1),
-                loss = ||X W - X Q||^2 / ||X W - X round(W)||^2
+                loss = ||X w - X q||^2 / ||X w - X round(w)||^2
                        + strength mean(1 - |2 h(v) - 1|^beta),  beta from 20 to 2
     AutoRound   q = round(w / s + v),  |v| <= 1/2,  s from a range shrunk by alpha in
                 [1/2, 1], with the gradients of the identity, by steps of one size
 
-with ||X (W - Q)||^2 = tr(D^T G D), so no activation is kept. What ends on a side of the
-middle stays there; the best of what was met is taken, rounding to nearest among it.
+with ||X w - X q||^2 = d^T G d for each output, so no activation is kept, and outputs do
+not depend on each other: each takes the best that it met, rounding to nearest among it.
+A step costs one product, G D, which gives the loss and its gradient.
 
 Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization,
 arXiv:2004.10568; Cheng et al., Optimize Weight Rounding via Signed Gradient Descent for
@@ -24,15 +25,9 @@ import optax
 from jax import lax
 
 from jopt.arrays.codes import compute_levels, scale_levels
-from jopt.arrays.scales import (
-    Scale,
-    compute_range,
-    compute_scale,
-    effective_scale,
-    spread_groups,
-)
+from jopt.arrays.rounding import Rounding
+from jopt.arrays.scales import Scale, compute_range, compute_scale, spread_groups
 from jopt.arrays.specs import QuantSpec
-from jopt.arrays.straight_through import straight_through
 from jopt.quantization.layer_solving import Solved
 
 _STRETCH, _EDGE = 1.2, 0.1  # so that h reaches 0 and 1
@@ -40,9 +35,26 @@ _WARMUP = 0.2  # part of the steps without the second term
 
 
 def lost(weights: jax.Array, values: jax.Array, gram: jax.Array) -> jax.Array:
-    """Return ||X W - X Q||^2 = tr(D^T G D)."""
-    d = weights - values
-    return jnp.sum(d * jnp.matmul(gram, d, precision=lax.Precision.HIGHEST))
+    """Return ||X w - X q||^2 = d^T G d of each output.
+
+    Args:
+        weights: [inputs, outputs].
+        values: of that shape.
+        gram: [inputs, inputs].
+
+    Returns:
+        [1, outputs].
+    """
+    return _lost_and_seen(weights, values, gram)[0]
+
+
+def _lost_and_seen(
+    weights: jax.Array, values: jax.Array, gram: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return what each output loses and G (Q - W), half of its gradient by Q."""
+    d = values - weights
+    seen = jnp.matmul(gram, d, precision=lax.Precision.HIGHEST)
+    return jnp.sum(d * seen, axis=0, keepdims=True), seen
 
 
 def neighbours(
@@ -102,30 +114,38 @@ def learn_up_or_down(
     below, above = neighbours(weights, scale, spec)
     gap = above - below
     nearest = scale_levels(compute_levels(weights, scale, spec), scale, jnp.float32)
-    unit = lost(weights, nearest, gram)
+    least = lost(weights, nearest, gram)
+    unit = jnp.where(least > 0, least, 1.0)
     place = jnp.where(gap == 0, 0.5, (weights - below) / jnp.where(gap == 0, 1.0, gap))
     start = jax.scipy.special.logit((jnp.clip(place, 0.0, 1.0) + _EDGE) / _STRETCH)
 
     def share(v: jax.Array) -> jax.Array:
         return jnp.clip(_STRETCH * jax.nn.sigmoid(v) - _EDGE, 0.0, 1.0)
 
-    def loss(v: jax.Array, step: jax.Array) -> jax.Array:
-        done = step / max(num_steps, 1)
+    def slope(v: jax.Array, step: jax.Array) -> jax.Array:
+        """Return the gradient of the sum over outputs, with one product by G."""
+        done = step / num_steps
         late = jnp.clip((done - _WARMUP) / (1 - _WARMUP), 0.0, 1.0)
         beta = 2.0 + 9.0 * (1.0 + jnp.cos(jnp.pi * late))
-        h = share(v)
-        term = jnp.mean(1.0 - jnp.abs(2.0 * h - 1.0) ** beta)
-        now = lost(weights, below + h * gap, gram) / jnp.where(unit > 0, unit, 1.0)
-        return now + jnp.where(done < _WARMUP, 0.0, strength) * term
+        weight = jnp.where(done < _WARMUP, 0.0, strength) / weights.shape[0]
+        _, seen = _lost_and_seen(weights, below + share(v) * gap, gram)
+        pull = 2.0 * seen * gap / unit
+
+        def loss(v: jax.Array) -> jax.Array:
+            h = share(v)
+            term = 1.0 - jnp.abs(2.0 * h - 1.0) ** beta
+            return jnp.sum(pull * h) + weight * jnp.sum(term)
+
+        return jax.grad(loss)(v)
 
     def update(step: jax.Array, carry: Any) -> Any:
         v, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(v, step), state, v)
+        updates, state = optimizer.update(slope(v, step), state, v)
         return optax.apply_updates(v, updates), state
 
     v, _ = lax.fori_loop(0, num_steps, update, (start, optimizer.init(start)))
     learned = jnp.where(share(v) >= 0.5, above, below)
-    is_better = lost(weights, learned, gram) < unit
+    is_better = lost(weights, learned, gram) < least
     return Solved(jnp.where(is_better, learned, nearest), scale)
 
 
@@ -146,7 +166,7 @@ def learn_offsets(
         gram: [inputs, inputs].
         squares: of no account.
         scale: of rounding to nearest.
-        spec: of the matrix; an integer format.
+        spec: of the matrix; any format.
         optimizer: of v and of how far ranges shrink.
         num_steps: of it.
 
@@ -155,57 +175,65 @@ def learn_offsets(
     """
     del squares
     low, high = compute_range(weights, spec)
+    is_fixed = scale.outer_scale is not None  # one of all groups cannot follow each
 
-    def grid(shrunk: Any) -> Scale:
+    def ends(shrunk: Any) -> tuple[jax.Array, jax.Array]:
         below, above = (jnp.clip(x, 0.5, 1.0) for x in shrunk)
-        return compute_scale(low * below, high * above, spec)
+        return low * below, high * above
 
     def rounded(free: Any) -> tuple[jax.Array, Scale]:
         """Round for real, whatever the gradients."""
-        own = grid(free["range"])
-        offset = jnp.clip(free["offset"], -0.5, 0.5)
-        step = spread_groups(effective_scale(own), weights.shape)
-        levels = compute_levels(weights + offset * step, own, spec)
+        own = scale if is_fixed else compute_scale(*ends(free["range"]), spec)
+        rule = _offset(jnp.clip(free["offset"], -0.5, 0.5))
+        levels = compute_levels(weights, own, spec, rounding=rule)
         return scale_levels(levels, own, jnp.float32), own
 
-    def smooth(free: Any) -> jax.Array:
+    def smooth(free: Any, values: jax.Array, own: Scale) -> jax.Array:
         """What rounding is taken for on the way back: s (w / s + v), clipped."""
-        below, above = (jnp.clip(x, 0.5, 1.0) for x in free["range"])
-        offset = jnp.clip(free["offset"], -0.5, 0.5)
-        least, most = (
-            spread_groups(x, weights.shape) for x in (low * below, high * above)
-        )
+        least, most = ends(free["range"])
         if spec.symmetric:
             most = jnp.maximum(-least, most)
             least = -most
-        span = 2.0**spec.format.bits - (2.0 if spec.symmetric else 1.0)
-        step = (most - least) / span
-        error = lax.stop_gradient((rounded(free)[0] - weights) / step)
+        least, most = (spread_groups(x, weights.shape) for x in (least, most))
+        span = 2.0**spec.format.bits - 1.0 if not spec.symmetric else None
+        step = (most - least) / (span or 2.0 * spec.format.max_value)
+        error = (values - weights) / jnp.where(step > 0, lax.stop_gradient(step), 1.0)
+        below, above = neighbours(weights, own, spec)
+        offset = jnp.clip(free["offset"], -0.5, 0.5)
+        moved = weights + error * step + offset * (above - below)
         inside = (weights >= least) & (weights <= most)
-        end = jnp.where(weights < least, least, most)
-        moved = weights + error * step + offset * lax.stop_gradient(step)
-        return jnp.where(inside, moved, end)
-
-    def loss(free: Any) -> tuple[jax.Array, jax.Array]:
-        values = straight_through(rounded(free)[0], smooth(free))
-        now = lost(weights, values, gram)
-        return now, now
+        return jnp.where(inside, moved, jnp.where(weights < least, least, most))
 
     def update(_: jax.Array, carry: Any) -> Any:
         free, state, best, least = carry
-        (_, now), slope = jax.value_and_grad(loss, has_aux=True)(free)
-        is_better = now < least
-        best = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), free, best)
+        values, own = rounded(free)
+        now, seen = _lost_and_seen(weights, values, gram)
+        _, back = jax.vjp(lambda free: smooth(free, values, own), free)
+        (slope,) = back(2.0 * seen)
+        best = _better(now < least, free, best)
         updates, state = optimizer.update(slope, state, free)
         free = optax.apply_updates(free, updates)
         return free, state, best, jnp.minimum(now, least)
 
     ones = jnp.ones(low.shape, jnp.float32)
     free = {"offset": jnp.zeros_like(weights), "range": (ones, ones)}
-    least = jnp.float32(jnp.inf)
+    least = jnp.full((1, weights.shape[1]), jnp.inf, jnp.float32)
     carry = (free, optimizer.init(free), free, least)
     free, _, best, least = lax.fori_loop(0, num_steps, update, carry)
-    last = loss(free)[1] < least
-    best = jax.tree.map(lambda a, b: jnp.where(last, a, b), free, best)
-    values, own = rounded(best)
+    last = lost(weights, rounded(free)[0], gram) < least
+    values, own = rounded(_better(last, free, best))
     return Solved(values, own)
+
+
+def _offset(v: jax.Array) -> Rounding:
+    """Return the rule that rounds x + v, to a neighbour of x."""
+
+    def rule(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return jnp.clip(jnp.round(x + v), jnp.floor(x), jnp.ceil(x))
+
+    return rule
+
+
+def _better(is_better: jax.Array, new: Any, old: Any) -> Any:
+    """Choose output by output."""
+    return jax.tree.map(lambda a, b: jnp.where(is_better, a, b), new, old)

@@ -11,7 +11,6 @@ from typing import Any
 import optax
 
 from jopt.arrays.scale_fits import Fit, by_range, half_quadratic
-from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
 from jopt.quantization.conversion import quantize
 from jopt.quantization.layer_report import QuantizationReport
@@ -49,11 +48,11 @@ def adaround(
 
     with the levels a <= w <= b beside each weight, and beta going from 20 to 2. The
     first term is tr(D^T G D) with the Gram matrix G of the inputs, so no activation is
-    kept; the scales are those of `fit`. Rounding to nearest is kept where
-    what was learned is not better.
+    kept; the scales are those of `fit`. The loss is that of each output by itself, and
+    outputs for which what was learned is not better stay rounded to nearest.
 
-    What it costs: the passes of `gptq`, and per matrix `num_steps` times twice the
-    product of its Gram matrix and its weights.
+    What it costs: the passes of `gptq`, and per matrix `num_steps` products of its
+    Gram matrix and its weights.
 
     Args:
         apply: a pure function `apply(params, *inputs)`.
@@ -87,8 +86,8 @@ def adaround(
     >>> params = {"w": jnp.array([[7.0], [2.4], [3.4]])}
     >>> x = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.9], [0.0, 0.9, 1.0]])
     >>> packed, _ = adaround(apply, params, [x], jopt.QuantSpec(jopt.formats.int4))
-    >>> packed["w"].to_array()[:, 0]  # 2.4 + 3.4 is nearer to 6 than to 5
-    Array([7., 2., 4.], dtype=float32)
+    >>> float(packed["w"].to_array()[1:].sum())  # 2.4 + 3.4 is nearer to 6 than to 5
+    6.0
     """
     _check_steps(num_steps)
     if not strength >= 0:
@@ -136,19 +135,20 @@ def autoround(
         q = round(w / s + v) s,   |v| <= 1/2,   s of a range shrunk by [1/2, 1]
 
     minimises ||X W - X Q||^2 = tr(D^T G D) per matrix, with G the Gram matrix of its
-    inputs, through gradients that take rounding for the identity. The best of all
-    steps is taken, the first of which is rounding to nearest. As published but for the
-    loss, which there is that of a block of layers.
+    inputs, through gradients that take rounding for the identity. Each output takes
+    the best of all steps, the first of which is rounding to nearest. As published but
+    for the loss, which there is that of a block of layers.
 
-    What it costs: the passes of `gptq`, and per matrix `num_steps` times twice the
-    product of its Gram matrix and its weights.
+    What it costs: the passes of `gptq`, and per matrix `num_steps` products of its
+    Gram matrix and its weights.
 
     Args:
         apply: a pure function `apply(params, *inputs)`.
         params: its parameters, any tree of float arrays.
         batches: of inputs, as for `gptq`.
-        spec_or_rules: a `jopt.QuantSpec` of an integer format, or rules, as for `gptq`.
-            Outputs must have scales of their own.
+        spec_or_rules: a `jopt.QuantSpec` of any format, or rules, as for `gptq`.
+            Outputs must have scales of their own. Formats with an outer scale (nvfp4)
+            keep their ranges.
         select: which leaves, as for `gptq`.
         error_propagation: whether a layer sees what quantized layers before it give.
         correction: as for `gptq`.
@@ -164,8 +164,7 @@ def autoround(
 
     Raises:
         TypeError: an argument is of a wrong type, or `batches` are no inputs.
-        ValueError: as for `gptq`, a format is no integer one, or a number is out of
-            range.
+        ValueError: as for `gptq`, outputs share a scale, or a number is out of range.
 
     References:
         Cheng et al., Optimize Weight Rounding via Signed Gradient Descent for the
@@ -180,7 +179,6 @@ def autoround(
     True
     """
     _check_steps(num_steps)
-    _require_integers(spec_or_rules, "autoround")
     if optimizer is None:
         optimizer = _sign_descent(num_steps)
     method = Method(
@@ -278,17 +276,3 @@ _SIGN_DESCENTS: dict[int, optax.GradientTransformation] = {}
 def _check_steps(num_steps: int) -> None:
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps}")
-
-
-def _require_integers(spec_or_rules: Any, name: str) -> None:
-    """Raise for formats whose levels are not one step apart."""
-    found = [spec_or_rules]
-    if not isinstance(spec_or_rules, QuantSpec):
-        pairs = getattr(spec_or_rules, "items", lambda: spec_or_rules)()
-        found = [spec for _, spec in pairs]
-    for spec in found:
-        if isinstance(spec, QuantSpec) and spec.format.kind != "integer":
-            raise ValueError(
-                f"format must be an integer one for {name}, got {spec.format}; "
-                "jopt.adaround and jopt.gptq take all"
-            )
