@@ -24,7 +24,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   sparsegpt and wanda; gptq, awq, adaround, autoround
                   and rtn;
                   equalize, smooth and correct_bias
-    generation    init_cache, KeyValueCache
+    generation    init_cache, KeyValueCache, sample_tokens
     a loss        distillation
 """
 
@@ -106,6 +106,7 @@ from jopt.quantization import projections as projections
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.quantization import rtn as rtn
+from jopt.quantization import sample_tokens as sample_tokens
 from jopt.quantization import set_codebooks as set_codebooks
 from jopt.quantization import smooth as smooth
 from jopt.trees.calibration import Calibration as Calibration

@@ -11,10 +11,10 @@ codes), `folding` (norms into weights), `factors` and `input_factors` (numbers p
 channel), `equalization` and `smoothing` (factors moved between leaves),
 `bias_correction`; `layer_scales`, `layer_solving`, `layer_report`, `layers` and
 `post_training` (quantization with calibration data), each method's matrix in a file of
-its name, such as `gptq`; `learned_rounding` and `rounding_methods`
-(rounding that is learned or fitted); `cache` (keys and values of attention, stored by
-`cache_storage`), `clusters` and `cluster_weights` (shared values). One array's formats
-and steps are in `jopt.arrays`.
+its name, such as `gptq`; `learned_rounding` and `rounding_methods` (rounding that is
+learned or fitted), `sampling` (data that models make up); `cache` (keys and values of
+attention, stored by `cache_storage`), `clusters` and `cluster_weights` (shared values).
+One array's formats and steps are in `jopt.arrays`.
 """
 
 from jopt.quantization.bias_correction import BiasReport as BiasReport
@@ -43,6 +43,7 @@ from jopt.quantization.post_training import rtn as rtn
 from jopt.quantization.rounding_methods import adaround as adaround
 from jopt.quantization.rounding_methods import autoround as autoround
 from jopt.quantization.rounding_methods import hqq as hqq
+from jopt.quantization.sampling import sample_tokens as sample_tokens
 from jopt.quantization.smoothing import Smoothed as Smoothed
 from jopt.quantization.smoothing import SmoothingReport as SmoothingReport
 from jopt.quantization.smoothing import smooth as smooth
