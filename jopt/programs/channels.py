@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.programs import bodies, channel_rules, compat, matching, view_rules, views
+from jopt.programs import bodies, channel_rules, compat, matching, view_rules
 from jopt.programs.channel_rules import Stop
 from jopt.programs.flows import Flow, Key
 from jopt.programs.matching import Link, NoMatchError
