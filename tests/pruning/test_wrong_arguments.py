@@ -79,7 +79,6 @@ WRONG = [
     (lambda: MAPS.group_lasso(NAN, jopt.Channel()), "strength must be at least 0"),
     (lambda: MAPS.hard_threshold(float("inf")), "strength must be at least 0 and"),
     (lambda: MAPS.l1("much"), "strength must be a number, got 'much'"),
-    (lambda: ac_dc(final_dense_steps=9), "final_dense_steps must be at most .* 4, got"),
     (lambda: ac_dc(end_step=None), "end_step must be an integer"),
     (lambda: prune(every_steps=True), "every_steps must be an integer"),
     (lambda: prune(every_steps=None), "every_steps must be an integer"),
