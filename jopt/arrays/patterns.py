@@ -70,7 +70,7 @@ class Block:
         sizes = self.shape if isinstance(self.shape, tuple) else ()
         if not (sizes and all(_is_integer(size) and size > 0 for size in sizes)):
             raise ValueError(
-                f"Block needs a tuple of positive integers, got shape={self.shape}: "
+                f"Block needs a tuple of positive sizes, got shape={self.shape}: "
                 "Block((4, 4)) tiles the last two axes"
             )
         if self.reduce not in ("mean", "max"):

@@ -105,5 +105,5 @@ def check_strength(name: str, value: Any, example: str) -> None:
         return
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(
-            f"{name} must be a finite number of at least 0, got {value}; {example}"
+            f"{name} must be at least 0 and finite, got {value}; {example}"
         )

@@ -106,14 +106,6 @@ def ac_dc(
     require_count("compressed_steps", compressed_steps, least=1)
     require_count("dense_steps", dense_steps, least=1)
     require_count("final_dense_steps", final_dense_steps)
-    counts = (begin_step, end_step, final_dense_steps)
-    are_known = all(isinstance(count, int) for count in counts)
-    if are_known and final_dense_steps > end_step - begin_step:
-        raise ValueError(
-            f"final_dense_steps must be at most end_step - begin_step = "
-            f"{end_step - begin_step}, got {final_dense_steps}; they are the last "
-            "updates before end_step"
-        )
     score = criteria.as_score(scores)
     check_key_of(score, key)
     recipe = masks.Recipe(score, allocation)
