@@ -113,6 +113,10 @@ WRAPPERS = {
         begin_step=1,
     ),
     "quantize_damped": snapped(INT8, scales="static", damping=0.1),
+    "cluster": lambda inner: jopt.cluster_weights(inner, 4, begin_step=1),
+    "cluster_zeros": lambda inner: jopt.cluster_weights(
+        jopt.prune(inner, sparsity=0.5), 4, preserve_zeros=True
+    ),
     "dorefa": lambda inner: jopt.dorefa(inner, 2, begin_step=1),
     "freeze": lambda inner: jopt.freeze(
         inner, fraction=optax.piecewise_constant_schedule(0.25, {2: 2.0})
@@ -144,6 +148,7 @@ REPRESENTATIVES = [
 # steps.
 HALF = 64
 ZEROS = {
+    "cluster_zeros": HALF,
     "prune": HALF,
     "prune_ramp": 96,
     "prune_nm": HALF,
@@ -175,6 +180,8 @@ def with_exhaustive(names, always=()):
 # Wrappers that add up or mix weights, which on a mesh are added in another order, or
 # multiplied and added in one rounding.
 ROUNDED = {"proximal_group", "quantize_binary_relax"}
+# Wrappers whose k-means sees the numbers of a leaf as one list, which a mesh gathers.
+GATHERED = {"cluster", "cluster_zeros"}
 
 
 def make_params(dtype=jnp.float32):

@@ -74,6 +74,38 @@ def stochastic(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
     return below + up.astype(x.dtype)
 
 
+def down(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Round to the whole number below: on a grid, to the level below.
+
+    Args:
+        x: float numbers of any shape.
+        key: not used.
+
+    Returns:
+        Whole numbers, same shape and dtype.
+
+    >>> down(jnp.array([0.5, 2.0]))
+    Array([0., 2.], dtype=float32)
+    """
+    return jnp.floor(x)
+
+
+def up(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Round to the whole number above; see `down`.
+
+    Args:
+        x: float numbers of any shape.
+        key: not used.
+
+    Returns:
+        Whole numbers, same shape and dtype.
+
+    >>> up(jnp.array([0.5, 2.0]))
+    Array([1., 2.], dtype=float32)
+    """
+    return jnp.ceil(x)
+
+
 def round_to_grid(
     x: jax.Array,
     format: Format,

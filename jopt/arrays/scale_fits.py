@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jopt.arrays.codes import compute_levels, scale_levels
@@ -35,6 +34,7 @@ from jopt.arrays.scales import (
     lowest_code,
     reduce_groups,
     round_scale,
+    smallest_scale,
     spread_groups,
     sum_groups,
 )
@@ -43,8 +43,6 @@ from jopt.arrays.specs import QuantSpec
 __all__ = ["Fit", "by_range", "half_quadratic", "least_error"]
 
 Fit = Callable[[jax.Array, QuantSpec], Scale]
-
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 def by_range(w: jax.Array, spec: QuantSpec) -> Scale:
@@ -222,7 +220,9 @@ def _turn(
     rest = w - outlying * wide
     squares = sum_groups(levels * levels, shape)
     fitted = sum_groups(levels * rest, shape) / jnp.where(squares > 0, squares, 1.0)
-    is_scale = jnp.isfinite(fitted) & (fitted >= _smallest(spec)) & (squares > 0)
+    is_scale = (
+        jnp.isfinite(fitted) & (fitted >= smallest_scale(spec.format)) & (squares > 0)
+    )
     fitted = round_scale(jnp.where(is_scale, fitted, step), spec.scale_dtype)
     new = scale._replace(scale=fitted.astype(scale.scale.dtype))
     if scale.zero_point is None:
@@ -235,11 +235,6 @@ def _turn(
     zero = jnp.clip(jnp.round(zero + shift), lowest, lowest + top)
     zero = jnp.where(jnp.isfinite(zero), zero, 0.0)
     return new._replace(zero_point=zero.astype(scale.zero_point.dtype))
-
-
-def _smallest(spec: QuantSpec) -> float:
-    """Return a scale at which the smallest level is still a normal float32."""
-    return _TINY * 2.0 ** float(np.ceil(-np.log2(min(spec.format.min_value, 1.0))))
 
 
 def _loss(w: jax.Array, scale: Scale, spec: QuantSpec, norm: float) -> jax.Array:

@@ -200,7 +200,7 @@ def compute_scale(
     else:
         scale = jnp.where(absmax == 0, 1.0, quotient(absmax, top))
         largest = _masked(_LARGEST / top, 0xFFFF0000)  # a bfloat16, rounded down
-        scale = jnp.clip(scale, _smallest_scale(spec.format), largest)
+        scale = jnp.clip(scale, smallest_scale(spec.format), largest)
     rounded = round_scale(scale, spec.scale_dtype)
     if bits is not None:  # rounded down, 10 bits and more would not reach the ends
         above = _round_up(scale, spec.scale_dtype)
@@ -292,7 +292,7 @@ def _masked(x: jax.Array, mask: int, *, add: int = 0) -> jax.Array:
     return lax.bitcast_convert_type(pattern & np.uint32(mask), jnp.float32)
 
 
-def _smallest_scale(format: Format) -> float:
+def smallest_scale(format: Format) -> float:
     """The power of two at which the smallest level is still a normal float32."""
     return _TINY * 2.0 ** float(np.ceil(-np.log2(format.min_value)))
 
@@ -322,7 +322,7 @@ def _power_of_two_scale(absmax: jax.Array, format: Format) -> jax.Array:
     """
     largest_exponent = int(np.floor(np.log2(format.max_value)))
     power = _masked(absmax, 0x7F800000)
-    power = jnp.maximum(power, _smallest_scale(format) * 2.0**largest_exponent)
+    power = jnp.maximum(power, smallest_scale(format) * 2.0**largest_exponent)
     scale = jnp.where(absmax == 0, 1.0, power * np.float32(2.0**-largest_exponent))
     return _or_nan(scale, absmax).astype(jnp.float8_e8m0fnu)
 
@@ -340,7 +340,7 @@ def _two_level_scale(absmax: jax.Array, spec: QuantSpec) -> Scale:
     largest = jnp.max(absmax, axis=matrix, keepdims=True, initial=0)
     outer = quotient(largest, format.max_value * _E4M3_LARGEST)
     outer = jnp.where(largest == 0, 1.0, outer)
-    smallest = _smallest_scale(format) / _E4M3_SMALLEST
+    smallest = smallest_scale(format) / _E4M3_SMALLEST
     outer = lax.reduce_precision(jnp.maximum(outer, smallest), 8, 7)
     outer = _or_nan(outer, largest)
     scale = quotient(quotient(absmax, outer), format.max_value)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from jopt.programs import passes
 from jopt.programs.drift import drift_of_some
@@ -18,6 +19,8 @@ from jopt.programs.record import track
 from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
 from jopt.programs.targets import Target
+
+_NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
 
 
 class Work(Protocol):
@@ -38,6 +41,26 @@ class Work(Protocol):
 
     def solve(self, i: int, layer: int, inputs: Any, seen: jax.Array) -> None:
         """Work on one layer of a target, given what `prepare` returned, and `seen`."""
+
+
+class Outcome(Protocol):
+    """What came of the matrices of one layer, as values of the host."""
+
+    @property
+    def is_finite(self) -> Any:
+        """Whether the inputs are."""
+
+    @property
+    def is_met(self) -> Any:
+        """Whether the matrices are what the inputs met."""
+
+    @property
+    def is_solved(self) -> Any:
+        """Whether the result is finite."""
+
+    @property
+    def reached(self) -> Any:
+        """`[batch]`, whether other inputs than zeros came."""
 
 
 class Step(NamedTuple):
@@ -116,6 +139,50 @@ def run_all_at_once(
         for layer in range(target.layout.sizes[0]):
             if target.name not in work.left:
                 work.solve(i, layer, work.prepare(moments[layer]), seen[layer])
+
+
+def settle(
+    target: Target,
+    layer: int,
+    outcome: Outcome,
+    left: dict[str, str],
+    *,
+    unreached: str,
+) -> bool:
+    """Raise for what cannot be worked on, and list what was left alone.
+
+    Args:
+        target: which one.
+        layer: which layer of it.
+        outcome: what came of it.
+        left: path, or name of a target or layer, to why it is left alone; grows.
+        unreached: what is said of matrices that no inputs reached.
+
+    Returns:
+        Whether the matrices are what the inputs met.
+
+    Raises:
+        ValueError: inputs are not finite, or a Gram matrix not positive definite.
+    """
+    name = target.layer_name(layer)
+    if not outcome.is_finite:
+        raise ValueError(
+            f"inputs of every site must be finite, got NaN or infinity at {name!r};"
+            f" look at the batches, or leave {target.path!r} out with select"
+        )
+    if not outcome.is_met:
+        left[target.name] = _NOT_MET
+        return False
+    if not outcome.is_solved:
+        raise ValueError(
+            "damping must make every Gram matrix positive definite, got one that "
+            f"is not at {name!r}; raise damping, or bring more rows than inputs"
+        )
+    reached = outcome.reached
+    if not reached.all():
+        count = f" in {np.sum(~reached)} of {reached.size} matrices"
+        left[name] = unreached + count * (reached.size > 1)
+    return True
 
 
 def steps_of(analysis: Analysis, targets: Sequence[Target]) -> list[Step]:

@@ -83,12 +83,6 @@ def check_key_of(score: Score, key: Any) -> None:
         )
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raise for what is neither True nor False: a string is true whatever it says."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def check_number(name: str, value: Any, example: str) -> None:
     """Raise for what is no number."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)

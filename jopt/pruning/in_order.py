@@ -10,7 +10,12 @@ import numpy as np
 import optax
 
 from jopt.programs import passes
-from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
+from jopt.programs.layer_by_layer import (
+    run_all_at_once,
+    run_in_order,
+    settle,
+    steps_of,
+)
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
 from jopt.programs.spread import as_automatic, automatic, on_every_device, read
@@ -23,7 +28,6 @@ from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer
 Budget = tuple[Allocation, float] | None
 Result = tuple[Any, Any, OneShotReport]
 
-_NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
 _NOT_REACHED = "no input but zeros reached it"
 
 
@@ -72,7 +76,6 @@ class _Work:
         """
         target = self.targets[i]
         at = target.leaf
-        name = target.layer_name(layer)
         leaf, mask, facts = prune_layer(
             self.leaves[at],
             self.masks.get(at),
@@ -87,24 +90,8 @@ class _Work:
         )
         if facts.is_pruned or at in self.masks:
             self.leaves[at], self.masks[at] = leaf, mask
-        if not facts.is_finite:
-            raise ValueError(
-                f"inputs of every site must be finite, got NaN or infinity at {name!r};"
-                f" look at the batches, or leave {target.path!r} out with select"
-            )
-        if not facts.is_met:
-            self.left[target.name] = _NOT_MET
-            return
-        if not facts.is_solved:
-            raise ValueError(
-                "damping must make every Gram matrix positive definite, got one that "
-                f"is not at {name!r}; raise damping, or bring more rows than inputs"
-            )
-        if not facts.reached.all():
-            several = facts.reached.size > 1
-            count = f" in {np.sum(~facts.reached)} of {facts.reached.size} matrices"
-            self.left[name] = _NOT_REACHED + count * several
-        if facts.reached.any():
+        is_met = settle(target, layer, facts, self.left, unreached=_NOT_REACHED)
+        if is_met and facts.reached.any():
             self.facts[i, layer] = facts
 
     def row(self, i: int, layer: int) -> LayerRow:

@@ -12,19 +12,14 @@ Earlier layers are pruned first, and later ones see what that does to their inpu
 Simple and Effective Pruning Approach for Large Language Models, arXiv:2306.11695.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jopt.arrays.patterns import Pattern, Unstructured
-from jopt.programs import flags, sites
-from jopt.programs.record import inputs_of, require_batches
+from jopt.programs.batches import begin, check_flags, require_targets
 from jopt.programs.targets import find_targets
 from jopt.pruning.allocation import Allocation
-from jopt.pruning.arguments import check_allocation, check_flag
+from jopt.pruning.arguments import check_allocation
 from jopt.pruning.goals import check_groups, resolve_goals
 from jopt.pruning.in_order import prune_layers
 from jopt.pruning.one_shot_report import OneShotReport
@@ -225,21 +220,10 @@ def _one_shot(
     progress: bool,
 ) -> tuple[Any, Any, OneShotReport]:
     """Prune by any method."""
-    if not callable(apply):
-        raise TypeError(
-            f"apply must be a function (params, *inputs) -> outputs, got {apply!r}"
-        )
-    flagged = ("error_propagation", error_propagation), ("errors", errors)
-    for name, value in (*flagged, ("progress", progress)):
-        check_flag(name, value)
+    check_flags(error_propagation=error_propagation, errors=errors, progress=progress)
     goals = resolve_goals(sparsity, pattern, params)
     _check_allocation(allocation, sparsity, pattern)
-    require_batches(batches)
-    batches = _Passes(list(batches) if isinstance(batches, Iterator) else batches)
-    first = next(iter(batches))
-    _check_untraced(method.name, params, first)
-    inputs = flags.fix(inputs_of(first))
-    analysis = sites.analyse(apply, params, inputs, {})
+    batches, analysis = begin(method.name, apply, params, batches)
     targets, left = find_targets(
         analysis.table,
         params,
@@ -249,12 +233,7 @@ def _one_shot(
     )
     for target in targets:
         check_groups(target)
-    if not targets:
-        listed = "; ".join(f"{path}: {why}" for path, why in left.items())
-        raise ValueError(
-            f"{method.name} must have something to prune, got no leaf that it can "
-            f"({listed or 'none is selected'}); choose others with select"
-        )
+    require_targets(method.name, "prune", targets, left)
     check(method, targets)  # before the first pass
     return prune_layers(
         method,
@@ -269,42 +248,6 @@ def _one_shot(
         errors=errors,
         progress=progress,
     )
-
-
-class _Passes:
-    """Batches, of which each pass must find some."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-        self.number = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.number += 1
-        found = iter(self.batches)
-        for first in found:
-            yield first
-            yield from found
-            return
-        if self.number == 1:
-            raise ValueError("batches must have at least one item, got none")
-        raise ValueError(
-            "batches must give the same items every time they are passed over, got "
-            f"none in pass {self.number}; pass a list, or a loader that starts anew"
-        )
-
-    def __length_hint__(self) -> int:
-        return operator.length_hint(self.batches)
-
-
-def _check_untraced(name: str, params: Any, first: Any) -> None:
-    """Raise inside of a transformation, where no pass can be run by itself."""
-    values = [*jax.tree.leaves((params, first)), jnp.zeros([])]
-    if any(isinstance(value, jax.core.Tracer) for value in values):
-        raise TypeError(
-            f"{name} must be called outside of jax.jit and other transformations, "
-            "because it runs passes over the batches one after another, got traced "
-            "params or inputs; compile what uses the pruned params"
-        )
 
 
 def _check_allocation(allocation: Any, sparsity: Any, pattern: Any) -> None:

@@ -10,7 +10,7 @@ arXiv:1906.04721, the empirical form.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +19,14 @@ import numpy as np
 
 from jopt.arrays.axes import gather_values
 from jopt.arrays.compressed import CompressedArray
-from jopt.programs import channels, flags, matching, passes, sites
+from jopt.programs import channels, matching, passes
+from jopt.programs.batches import begin
 from jopt.programs.channel_rules import Stop
 from jopt.programs.channels import Follow, NeedsLeaf
 from jopt.programs.handlers import Handler, Use
 from jopt.programs.matching import Link, NoMatchError
 from jopt.programs.operations import Site
-from jopt.programs.record import inputs_of, require_batches, track
+from jopt.programs.record import track
 from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
 from jopt.programs.statistics import summed
@@ -122,19 +123,13 @@ def correct_bias(
     >>> round(float(fixed["b"][0]), 4)  # 2.4 is stored as 2
     0.4
     """
-    require_batches(batches)
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches must have at least one item, got none")
+    batches, analysis = begin("correct_bias", apply, params, batches)
     if paths.leaf_paths(params) != paths.leaf_paths(packed):
         raise ValueError(
             "packed must have the leaves of params, got "
             f"{paths.leaf_paths(packed)[:5]} for {paths.leaf_paths(params)[:5]}; pass "
             "what quantizing params returned"
         )
-    analysis = sites.analyse(apply, params, flags.fix(inputs_of(first)), {})
     layers, left = _find_layers(analysis, params, packed)
     if not layers:
         listed = "; ".join(f"{path}: {why}" for path, why in left.items())

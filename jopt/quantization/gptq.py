@@ -107,7 +107,7 @@ def check(*, activation_order: bool, block_size: int, damping: float, fit: Fit) 
 
 
 def input_order(squares: jax.Array, **options: Any) -> jax.Array:
-    """Return the inputs in the order in which they are rounded.
+    """Return the inputs in activation order.
 
     Args:
         squares: [inputs], the diagonal of the Gram matrix.
@@ -116,8 +116,7 @@ def input_order(squares: jax.Array, **options: Any) -> jax.Array:
     Returns:
         [inputs]: those of equal squares as they stand.
     """
-    if not options["activation_order"]:
-        return jnp.arange(squares.shape[0])
+    del options
     return jnp.argsort(-squares, stable=True)
 
 
@@ -132,7 +131,7 @@ def prepare(gram: jax.Array, **options: Any) -> jax.Array:
         [inputs, inputs], float32.
     """
     if options["activation_order"]:
-        order = input_order(jnp.diagonal(gram), **options)
+        order = input_order(jnp.diagonal(gram))
         gram = gram[order][:, order]
     return inverse_factor(gram, options["damping"])
 
@@ -158,16 +157,17 @@ def round_prepared(
     Returns:
         The weights on the grid, and their scales.
     """
-    size = weights.shape[0]
-    block = options["block_size"]
-    # An outer scale is one of all groups: they cannot be scaled one by one.
-    is_fixed = options["activation_order"] or scale.outer_scale is not None
-    if spec.group_size is None or is_fixed:
-        order = input_order(squares, **options)
-        group = order // (spec.group_size or size)
+    size, block = weights.shape[0], options["block_size"]
+    width = spec.group_size or size
+    if options["activation_order"]:
+        order = input_order(squares)
+        group = order // width
         values = _with_scales(weights[order], prepared, scale, group, spec, block)
-        if options["activation_order"]:
-            values = jnp.zeros_like(values).at[order].set(values)
+        values = jnp.zeros_like(values).at[order].set(values)
+    elif spec.group_size is None or scale.outer_scale is not None:
+        # An outer scale is one of all groups: they cannot be scaled one by one.
+        group = jnp.arange(size) // width
+        values = _with_scales(weights, prepared, scale, group, spec, block)
     else:
         values, scale = _with_groups(weights, prepared, spec, block, options["fit"])
     # Whatever of R is not a number, its first is not one either.

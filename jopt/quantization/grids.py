@@ -72,8 +72,8 @@ class Grid(NamedTuple):
 
         Args:
             w: float array of the leaf's shape.
-            rounding: a rule in place of the one that was asked for; with `jnp.floor`
-                and `jnp.ceil`, as `(x, key)`, the two neighbours on the grid.
+            rounding: a rule in place of the one that was asked for; `down` and `up` of
+                `jopt.rounding` give the two neighbours on the grid.
 
         Returns:
             Weights on the grid, of the shape and dtype of `w`.

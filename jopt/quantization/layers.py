@@ -1,20 +1,25 @@
 """What becomes of params that are quantized with calibration data."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
 from jopt.arrays.scale_fits import Fit
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
-from jopt.programs import flags, passes, sites
+from jopt.programs import passes
+from jopt.programs.batches import begin, check_flags, require_targets
 from jopt.programs.drift import require_pairs
-from jopt.programs.layer_by_layer import run_all_at_once, run_in_order, steps_of
-from jopt.programs.record import inputs_of, require_batches, track
+from jopt.programs.layer_by_layer import (
+    run_all_at_once,
+    run_in_order,
+    settle,
+    steps_of,
+)
+from jopt.programs.record import track
 from jopt.programs.sites import SiteTable
 from jopt.programs.spread import automatic, beside, on_every_device
 from jopt.programs.targets import Target, find_targets, require_finite
@@ -36,7 +41,6 @@ from jopt.quantization.specs import SpecOrRules, resolve_specs
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
 
-_NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
 _NOT_REACHED = "rounded to nearest, no input but zeros reached it"
 
 
@@ -90,7 +94,6 @@ class _Work:
         """
         target = self.targets[i]
         at = target.leaf
-        name = target.layer_name(layer)
         leaf, codes, solved, facts = quantize_layer(
             self.leaves[at],
             self.codes.get(at),
@@ -106,23 +109,8 @@ class _Work:
         )
         if facts.is_met or at in self.codes:
             self.leaves[at], self.codes[at] = leaf, codes
-        if not facts.is_finite:
-            raise ValueError(
-                f"inputs of every site must be finite, got NaN or infinity at {name!r};"
-                f" look at the batches, or leave {target.path!r} out with select"
-            )
-        if not facts.is_met:
-            self.left[target.name] = _NOT_MET
+        if not settle(target, layer, facts, self.left, unreached=_NOT_REACHED):
             return
-        if not facts.is_solved:
-            raise ValueError(
-                "damping must make every Gram matrix positive definite, got one that "
-                f"is not at {name!r}; raise damping, or bring more rows than inputs"
-            )
-        if not facts.reached.all():
-            several = facts.reached.size > 1
-            count = f" in {np.sum(~facts.reached)} of {facts.reached.size} matrices"
-            self.left[name] = _NOT_REACHED + count * several
         self.facts[i, layer] = facts
         self.solved[i, layer] = solved
 
@@ -215,23 +203,12 @@ def quantize_layers(
 ) -> tuple[Any, QuantizationReport]:
     """Quantize all layers by any method; see `post_training` for the arguments."""
     _check_correction(correction, error_propagation)
-    require_batches(batches)
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches must have at least one item, got none")
-    inputs = flags.fix(inputs_of(first))
-    analysis = sites.analyse(apply, params, inputs, {})
+    check_flags(error_propagation=error_propagation, errors=errors, progress=progress)
+    batches, analysis = begin(method.name, apply, params, batches)
     if correction:
         require_pairs(analysis.table)
     targets, left = _targets(analysis.table, params, spec_or_rules, select)
-    if not targets:
-        listed = "; ".join(f"{path}: {why}" for path, why in left.items())
-        raise ValueError(
-            f"{method.name} must have something to quantize, got no leaf that it can "
-            f"({listed or 'none is selected'}); choose others with select"
-        )
+    require_targets(method.name, "quantize", targets, left)
     if method.has_own_scales or correction:
         for target in targets:
             _check_outputs(target, method)

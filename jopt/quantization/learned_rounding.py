@@ -25,7 +25,7 @@ import optax
 from jax import lax
 
 from jopt.arrays.codes import compute_levels, scale_levels
-from jopt.arrays.rounding import Rounding
+from jopt.arrays.rounding import Rounding, down, up
 from jopt.arrays.scales import Scale, compute_range, compute_scale, spread_groups
 from jopt.arrays.specs import QuantSpec
 from jopt.quantization.layer_solving import Solved
@@ -70,18 +70,13 @@ def neighbours(
     Returns:
         Both, of the shape of the weights; equal on and beyond the ends of the grid.
     """
-    down, up = (
-        compute_levels(weights, scale, spec, rounding=rule) for rule in (_down, _up)
+    below, above = (
+        scale_levels(
+            compute_levels(weights, scale, spec, rounding=rule), scale, jnp.float32
+        )
+        for rule in (down, up)
     )
-    return tuple(scale_levels(x, scale, jnp.float32) for x in (down, up))  # type: ignore[return-value]
-
-
-def _down(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    return jnp.floor(x)
-
-
-def _up(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    return jnp.ceil(x)
+    return below, above
 
 
 def learn_up_or_down(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jopt.arrays.rounding import down, up
 from jopt.quantization.grids import Grid, GridProjection, as_grid_projection
 from jopt.quantization.oscillations import (
     freeze_oscillations as freeze_oscillations,
@@ -96,8 +97,8 @@ def parq(softness: float | optax.Schedule) -> GridProjection:
 
     def land(u: jax.Array, grid: Grid, count: Any) -> jax.Array:
         s = _value(softness, count)
-        below = grid.snap(u, rounding=_down).astype(jnp.float32)
-        above = grid.snap(u, rounding=_up).astype(jnp.float32)
+        below = grid.snap(u, rounding=down).astype(jnp.float32)
+        above = grid.snap(u, rounding=up).astype(jnp.float32)
         middle = below + (above - below) / 2
         steep = middle + (u.astype(jnp.float32) - middle) / jnp.where(s > 0, s, 1.0)
         mixed = jnp.clip(steep, below, above).astype(u.dtype)
@@ -105,14 +106,6 @@ def parq(softness: float | optax.Schedule) -> GridProjection:
 
     _check(softness)
     return as_grid_projection(land)
-
-
-def _down(x: jax.Array, key: jax.Array | None) -> jax.Array:
-    return jnp.floor(x)
-
-
-def _up(x: jax.Array, key: jax.Array | None) -> jax.Array:
-    return jnp.ceil(x)
 
 
 def _value(softness: float | optax.Schedule, count: Any) -> jax.Array:

@@ -15,17 +15,18 @@ Language Models, arXiv:2211.10438.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jopt.programs import channels, flags, interpret, sites
+from jopt.programs import channels, interpret, sites
+from jopt.programs.batches import begin, check_flags, require_targets
 from jopt.programs.channels import Group
 from jopt.programs.handlers import Handler, Use
 from jopt.programs.layer_by_layer import steps_of
-from jopt.programs.record import inputs_of, record, require_batches
+from jopt.programs.record import record
 from jopt.programs.sites import Analysis
 from jopt.programs.targets import Target, find_targets
 from jopt.quantization import input_factors
@@ -179,13 +180,8 @@ def smooth(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}; 0.5 is usual")
     require_floats(params)
-    require_batches(batches)
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches must have at least one item, got none")
-    analysis = sites.analyse(apply, params, flags.fix(inputs_of(first)), {})
+    check_flags(fold=fold, powers_of_two=powers_of_two, progress=progress)
+    batches, analysis = begin("smooth", apply, params, batches)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     goals = [True] * len(leaves)
@@ -193,12 +189,7 @@ def smooth(
         analysis.table, params, goals, select, without_goal="it is not selected"
     )
     targets, left = input_factors.without_devices(targets, left)
-    if not targets:
-        listed = "; ".join(f"{path}: {why}" for path, why in left.items())
-        raise ValueError(
-            f"smooth must have a layer, got none ({listed or 'none is selected'}); "
-            "choose others with select"
-        )
+    require_targets("smooth", "smooth", targets, left)
     names = {site.name for target in targets for site, _ in target.uses}
     recording = record(
         apply,
