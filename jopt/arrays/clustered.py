@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from jopt.arrays import kmeans
+from jopt.arrays.axes import gather_values, lay_like
 from jopt.arrays.compressed import CompressedArray
 from jopt.arrays.packing import pack_codes, unpack_codes
 
@@ -220,6 +221,7 @@ Array([0., 0., 1., 1.], dtype=float32))
     )
     num_codes = w.shape[-1] // codebook.shape[-1]
     codes = codes.reshape(*w.shape[:-1], num_codes)
+    codes = lay_like(codes, w) if codes.shape == w.shape else codes
     if keeps_zero:
         codes = jnp.where(w == 0, 0, codes + 1)
     bits = kmeans.num_bits(codebook.shape[-2] + keeps_zero)
@@ -247,7 +249,8 @@ def _layers(codebook: jax.Array) -> tuple[int, int, int]:
 def _points(
     w: jax.Array, num_layer_axes: int, num_blocks: int, vector_size: int
 ) -> jax.Array:
-    """Return `[layers ..., blocks, points, d]`."""
+    """Return `[layers ..., blocks, points, d]`, whole on every device of a mesh."""
+    w = gather_values(w)
     return w.reshape(*w.shape[:num_layer_axes], num_blocks, -1, vector_size)
 
 
@@ -267,6 +270,8 @@ def _look_up(q: ClusteredArray) -> jax.Array:
         codes = unpack_codes(codes, bits, q.num_codes, signed=False)
     if q.keeps_zero:
         table = jnp.concatenate([jnp.zeros_like(table[..., :1, :]), table], axis=-2)
-    places = codes.astype(jnp.int32).reshape(*table.shape[:-2], -1, 1)
+    places = gather_values(codes).astype(jnp.int32)
+    places = places.reshape(*table.shape[:-2], -1, 1)
     values = jnp.take_along_axis(table, places, axis=-2, mode="clip")
-    return values.reshape(q.shape).astype(q.dtype)
+    values = values.reshape(q.shape).astype(q.dtype)
+    return lay_like(values, codes) if codes.shape == values.shape else values

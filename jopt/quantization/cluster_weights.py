@@ -15,6 +15,7 @@ import jax
 import optax
 
 from jopt.arrays import clustered, kmeans
+from jopt.arrays.axes import lay_like
 from jopt.quantization.clusters import Sizes, find
 from jopt.trees import paths, rules
 from jopt.updates.project import (
@@ -123,7 +124,7 @@ def cluster_weights(
 
             def snap(w: jax.Array, book: jax.Array) -> jax.Array:
                 q = clustered.assign_codes(w, book, keeps_zero=preserve_zeros)
-                return q.to_array()
+                return lay_like(q.to_array(), w)
 
             books = jax.tree.map(move, latent, state.codebook)
             return jax.tree.map(snap, latent, books), ClusterState(books)
