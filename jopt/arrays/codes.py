@@ -210,7 +210,7 @@ def _end_levels(
         return None
     top = highest_level(spec, bits)
     if scale.zero_point is None:
-        return -top, top
+        return lowest_code(spec, top), top
     low = lowest_code(spec, top) - _spread_zero_point(scale.zero_point, shape)
     return low, low + top
 

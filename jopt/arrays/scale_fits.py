@@ -220,9 +220,10 @@ def _turn(
     rest = w - outlying * wide
     squares = sum_groups(levels * levels, shape)
     fitted = sum_groups(levels * rest, shape) / jnp.where(squares > 0, squares, 1.0)
-    is_scale = (
-        jnp.isfinite(fitted) & (fitted >= smallest_scale(spec.format)) & (squares > 0)
-    )
+    # Full ranges have scales of either sign.
+    is_large = jnp.abs(fitted) >= smallest_scale(spec.format)
+    is_same_side = (fitted > 0) == (step > 0)
+    is_scale = jnp.isfinite(fitted) & is_large & is_same_side & (squares > 0)
     fitted = round_scale(jnp.where(is_scale, fitted, step), spec.scale_dtype)
     new = scale._replace(scale=fitted.astype(scale.scale.dtype))
     if scale.zero_point is None:

@@ -3,6 +3,7 @@
 Elements that share a scale form a group, with the range [low, high] that contains zero:
 
     symmetric    scale = max(-low, high) / largest level
+    full range   scale = -(low or high, whichever is farther from 0) / 2^(bits - 1)
     asymmetric   scale = (high - low) / (2^bits - 1)
                  zero_point = round(lowest code - low / scale)
     mean         scale = mean |w|                               (ternary, binary)
@@ -194,7 +195,7 @@ def compute_scale(
         return Scale(_power_of_two_scale(absmax, spec.format))
     if spec.scale_dtype == jnp.float8_e4m3fn:
         return _two_level_scale(absmax, spec)
-    top = highest_level(spec, bits)
+    top = highest_level(spec, bits) + (not spec.narrow_range)
     if spec.format.scale_rule == "mean":
         scale = jnp.minimum(absmax, _LARGEST)
     else:
@@ -205,6 +206,8 @@ def compute_scale(
     if bits is not None:  # rounded down, 10 bits and more would not reach the ends
         above = _round_up(scale, spec.scale_dtype)
         rounded = jnp.where(top < 2**9 - 1, rounded, above)
+    if not spec.narrow_range:  # the lowest code is for the end that is farther out
+        rounded = jnp.where(high > -low, -rounded, rounded)
     return Scale(_or_nan(rounded, absmax).astype(spec.scale_dtype))
 
 
@@ -240,7 +243,9 @@ def highest_level(spec: QuantSpec, bits: ArrayLike | None = None) -> jax.Array:
 
 
 def lowest_code(spec: QuantSpec, top: jax.Array) -> jax.Array:
-    """Return the lowest code of an asymmetric spec whose range spans `top` levels."""
+    """Return the lowest code of a spec whose range spans `top` levels."""
+    if spec.symmetric:
+        return -top if spec.narrow_range else -(top + 1)
     return -(top + 1) / 2 if spec.format.signed else jnp.zeros_like(top)
 
 

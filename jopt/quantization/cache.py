@@ -203,7 +203,8 @@ class KeyValueCache:
         if not isinstance(stored, QuantizedArray):
             return jnp.zeros((1,) * stored.ndim)
         step = effective_scale(Scale(stored.scale, None, stored.outer_scale))
-        bound = stored.spec.format.max_error * spread_groups(step, stored.shape)
+        step = jnp.abs(spread_groups(step, stored.shape))
+        bound = stored.spec.max_error * step
         if residual is None:
             return bound
         return jnp.where(self._is_waiting(residual, positions), 0.0, bound)

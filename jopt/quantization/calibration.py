@@ -30,7 +30,12 @@ from jopt.programs.record import (
 )
 from jopt.programs.sites import SiteTable
 from jopt.quantization.observers import Observer, absmax
-from jopt.quantization.operands import Activations, site_specs, static_spec
+from jopt.quantization.operands import (
+    Activations,
+    require_static,
+    site_specs,
+    static_spec,
+)
 from jopt.quantization.specs import SpecOrRules, listed_specs, resolve_specs
 from jopt.trees.calibration import Calibration, Pair
 
@@ -84,6 +89,7 @@ def calibrate(
             "observer must be one that jopt.observers makes, got "
             f"{observer!r}; call it, such as jopt.observers.absmax()"
         )
+    require_static(activations)
     require_batches(batches)
     rest = iter(batches)
     first = next(rest, None)

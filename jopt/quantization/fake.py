@@ -33,7 +33,7 @@ from jopt.quantization.operands import (
     Activations,
     is_float,
     ranges_of,
-    require_ungrouped,
+    require_static,
     round_operand,
     site_specs,
 )
@@ -167,7 +167,7 @@ def fake_quantize(
             "pass activations=jopt.QuantSpec(jopt.formats.int8), for example"
         )
     if ranges != "current" or calibration is not None:
-        require_ungrouped(activations)
+        require_static(activations)
     if gradients is None and gradient_rounding is not nearest:
         raise ValueError(
             "gradients must be a spec where gradient_rounding is given, got None; pass "

@@ -185,13 +185,8 @@ def learn_offsets(
 
     def smooth(free: Any, values: jax.Array, own: Scale) -> jax.Array:
         """What rounding is taken for on the way back: s (w / s + v), clipped."""
-        least, most = ends(free["range"])
-        if spec.symmetric:
-            most = jnp.maximum(-least, most)
-            least = -most
-        least, most = (spread_groups(x, weights.shape) for x in (least, most))
-        span = 2.0**spec.format.bits - 1.0 if not spec.symmetric else None
-        step = (most - least) / (span or 2.0 * spec.format.max_value)
+        grid = _ends_and_step(*ends(free["range"]), spec)
+        least, most, step = (spread_groups(x, weights.shape) for x in grid)
         error = (values - weights) / jnp.where(step > 0, lax.stop_gradient(step), 1.0)
         below, above = neighbours(weights, own, spec)
         offset = jnp.clip(free["offset"], -0.5, 0.5)
@@ -218,6 +213,21 @@ def learn_offsets(
     last = lost(weights, rounded(free)[0], gram) < least
     values, own = rounded(_better(last, free, best))
     return Solved(values, own)
+
+
+def _ends_and_step(
+    low: jax.Array, high: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what the ends of a range are taken to, and |scale|."""
+    if not spec.symmetric:
+        return low, high, (high - low) / (2.0**spec.format.bits - 1.0)
+    far = jnp.maximum(-low, high)
+    if spec.narrow_range:
+        return -far, far, far / spec.format.max_value
+    step = far / (spec.format.max_value + 1.0)
+    is_low = -low >= high
+    near = far - step
+    return -jnp.where(is_low, far, near), jnp.where(is_low, near, far), step
 
 
 def _offset(v: jax.Array) -> Rounding:

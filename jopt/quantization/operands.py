@@ -74,14 +74,14 @@ def site_specs(
     return {name: _pair(sites[name], spec) for name, spec in chosen.items()}
 
 
-def require_ungrouped(activations: Activations) -> None:
-    """Raise if inputs shall have groups where ranges are known before they are.
+def require_static(activations: Activations) -> None:
+    """Raise if inputs cannot have ranges that are known before they are.
 
     Args:
         activations: what is rounded.
 
     Raises:
-        ValueError: one of its specs has groups.
+        ValueError: one of its specs has groups, or a full range.
     """
     for spec in _specs_of(activations):
         if isinstance(spec, QuantSpec) and spec.group_size is not None:
@@ -89,6 +89,12 @@ def require_ungrouped(activations: Activations) -> None:
                 "activations must have no groups where a calibration or ranges= gives "
                 f"their ranges, got {spec}; take a format without groups and "
                 "group_size=None, or ranges from each batch"
+            )
+        if isinstance(spec, QuantSpec) and not spec.narrow_range:
+            raise ValueError(
+                "activations must have narrow_range=True where a calibration or "
+                f"ranges= gives their ranges, which are -t to t, got {spec}; leave it "
+                "out, or take ranges from each batch"
             )
 
 

@@ -196,10 +196,11 @@ def keep_axis(spec: QuantSpec, ndim: int, axis: int) -> QuantSpec:
 def check_trainable(specs: Any, *, learned: bool, bits: Any) -> None:
     """Raise if a spec cannot have learned scales or a width that changes."""
     for path, spec in paths.leaves_with_path(specs):
-        if learned and not (spec.symmetric and spec.format.group_size is None):
+        is_free = spec.format.group_size is None and spec.narrow_range
+        if learned and not (spec.symmetric and is_free):
             raise ValueError(
-                f"scales='learned' needs a symmetric format with free scales for "
-                f"{path!r}, got {spec}; use scales='moving'"
+                "scales='learned' needs a symmetric format with free, positive scales "
+                f"for {path!r}, got {spec}; use scales='moving'"
             )
         if bits is not None and spec.format.kind != "integer":
             raise ValueError(

@@ -252,12 +252,15 @@ def _parts(node: Node) -> dict[str, Any] | None:
 def _encode_spec(spec: QuantSpec) -> dict[str, Any]:
     own = spec.format
     is_known = _FORMATS.get(own.name) == own
+    # Left out where it is usual: files from before it was there say nothing.
+    range_of = {} if spec.narrow_range else {"narrow_range": False}
     return {
         "format": own.name if is_known else dataclasses.asdict(own),
         "axis": list(spec.axis) if isinstance(spec.axis, tuple) else spec.axis,
         "group_size": spec.group_size,
         "symmetric": spec.symmetric,
         "scale_dtype": jnp.dtype(spec.scale_dtype).name,
+        **range_of,
     }
 
 
@@ -273,5 +276,6 @@ def _decode_spec(row: dict[str, Any]) -> QuantSpec:
         axis=tuple(axis) if isinstance(axis, list) else axis,
         group_size=row["group_size"],
         symmetric=row["symmetric"],
+        narrow_range=row.get("narrow_range", True),
         scale_dtype=jnp.dtype(row["scale_dtype"]),
     )

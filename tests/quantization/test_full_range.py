@@ -1,0 +1,209 @@
+"""Symmetric integers with all codes: the lowest is that of the largest magnitude."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import jopt
+
+RNG = np.random.default_rng(0)
+W = RNG.normal(size=(64, 6)).astype(np.float32)
+X = RNG.normal(size=(3, 32, 64)).astype(np.float32)
+
+
+def spec_of(bits, **options):
+    options = {"group_size": 16, "narrow_range": False} | options
+    return jopt.QuantSpec(getattr(jopt.formats, f"int{bits}"), **options)
+
+
+def by_hand(w, bits, size):
+    """Return levels and scales of groups of the first axis, in float64."""
+    groups = w.astype(np.float64).reshape(-1, size, w.shape[-1])
+    largest = np.take_along_axis(
+        groups, np.abs(groups).argmax(axis=1, keepdims=True), axis=1
+    )
+    scale = np.where(largest == 0, 1.0, -largest / 2 ** (bits - 1))
+    levels = np.clip(np.round(groups / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return levels.reshape(w.shape), scale[:, 0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_and_scales_are_those_of_the_definition(bits):
+    q = jopt.quantize({"w": W}, spec_of(bits, scale_dtype=jnp.float32))["w"]
+    levels, scale = by_hand(W, bits, 16)
+    np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
+    assert (scale < 0).any() and (scale > 0).any()
+    values = jopt.dequantize(q)
+    wide = np.repeat(scale, 16, axis=0)
+    np.testing.assert_array_equal(np.round(values / wide), levels)
+    assert levels.min() == -(2 ** (bits - 1))
+
+
+@settings(max_examples=25)
+@given(
+    arrays.arrays(
+        np.float32,
+        (16, 2),
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+    ),
+    st.sampled_from([2, 4, 8]),
+)
+def test_what_is_on_the_grid_stays(w, bits):
+    spec = spec_of(bits)
+    once = jopt.quantize({"w": w}, spec)["w"]
+    values = jopt.dequantize(once)
+    twice = jopt.quantize({"w": values}, spec)["w"]
+    np.testing.assert_array_equal(values, jopt.dequantize(twice))
+    np.testing.assert_array_equal(values, jopt.fake_quantize(jnp.array(w), spec))
+    step = np.abs(np.repeat(np.asarray(once.scale, np.float64), 16, axis=0))
+    assert (np.abs(values - w) <= step * (spec.max_error + 2.0**-7)).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "share"), [(2, 0.31), (3, 0.58), (4, 0.77), (8, 0.985)]
+)
+def test_share_of_the_narrow_error(bits, share):
+    w = {"w": np.random.default_rng(1).normal(size=(1024, 64)).astype(np.float32)}
+    error = [
+        np.mean(
+            (jopt.dequantize(jopt.quantize(w, spec))["w"] - w["w"]) ** 2, dtype=float
+        )
+        for spec in (
+            spec_of(bits, group_size=128),
+            spec_of(bits, group_size=128, narrow_range=True),
+        )
+    ]
+    assert error[0] / error[1] == pytest.approx(share, rel=0.05)
+
+
+def apply(params, x):
+    return x @ params["w"]
+
+
+METHODS = {
+    "rtn": lambda spec: jopt.rtn(apply, {"w": W}, list(X), spec),
+    "gptq": lambda spec: jopt.gptq(apply, {"w": W}, list(X), spec),
+    "gptq in activation order": lambda spec: jopt.gptq(
+        apply, {"w": W}, list(X), spec, activation_order=True
+    ),
+    "gptq by least error": lambda spec: jopt.gptq(
+        apply, {"w": W}, list(X), spec, fit=jopt.scale_fits.least_error()
+    ),
+    "rtn by half quadratic": lambda spec: jopt.rtn(
+        apply, {"w": W}, list(X), spec, fit=jopt.scale_fits.half_quadratic()
+    ),
+    "awq": lambda spec: jopt.awq(apply, {"w": W}, list(X), spec),
+    "adaround": lambda spec: jopt.adaround(apply, {"w": W}, list(X), spec),
+    "autoround": lambda spec: jopt.autoround(apply, {"w": W}, list(X), spec),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gains_by_it(method):
+    errors = []
+    for narrow_range in (False, True):
+        spec = spec_of(3, narrow_range=narrow_range)
+        packed, report = METHODS[method](spec)
+        assert not packed["w"].spec.narrow_range or narrow_range
+        values = jopt.dequantize(packed)["w"]
+        difference = X.reshape(-1, 64) @ (np.asarray(values) - W)
+        errors.append(np.sum(difference**2) / np.sum((X.reshape(-1, 64) @ W) ** 2))
+        assert report.rows[0].error == pytest.approx(errors[-1], rel=1e-3)
+    assert errors[0] < errors[1]
+
+
+def test_execution_is_exact_on_powers_of_two():
+    spec = spec_of(8, group_size=None)
+    w = RNG.integers(-127, 128, (64, 6)).astype(np.float32)
+    w[0] = [128, -128, 128, 128, -128, -128]
+    x = RNG.integers(-127, 128, (5, 64)).astype(np.float32)
+    x[:, 0] = 127
+    packed = jopt.quantize({"w": w}, spec)
+    np.testing.assert_array_equal(np.sign(packed["w"].scale[0]), -np.sign(w[0]))
+    inputs = jopt.QuantSpec(jopt.formats.int8, axis=())
+    fake = jopt.fake_quantize(apply, None, activations=inputs)
+    executed = jopt.execute(apply, activations=inputs)
+    values = jopt.dequantize(packed)
+    np.testing.assert_array_equal(executed(packed, x), fake(values, x))
+    clipped = np.where(w == np.where(w[0] > 0, -128, 128), -np.sign(w[0]) * 127, w)
+    np.testing.assert_array_equal(values["w"], clipped)
+    np.testing.assert_array_equal(executed(packed, x), x @ clipped)
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_files_keep_it(tmp_path, suffix):
+    packed = jopt.quantize({"w": W}, spec_of(4))
+    path = tmp_path / f"model{suffix}"
+    jopt.save(path, packed)
+    back = jopt.restore(path)
+    assert back["w"].spec == packed["w"].spec
+    np.testing.assert_array_equal(
+        jopt.dequantize(back)["w"], jopt.dequantize(packed)["w"]
+    )
+
+
+@pytest.mark.parametrize("scales", ["current", "static", "moving"])
+def test_training_lands_on_it(scales):
+    tx = jopt.quantize_weights(optax.sgd(0.1), spec_of(4), scales=scales)
+    params = {"w": jnp.asarray(W)}
+    state = tx.init(params)
+    for step in range(3):
+        grads = {"w": jnp.asarray(np.roll(W, step, axis=0))}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    given = None if scales == "current" else jopt.get_scales(state)
+    again = jopt.quantize(params, spec_of(4), scales=given)
+    np.testing.assert_array_equal(jopt.dequantize(again)["w"], params["w"])
+
+
+def test_cache_stays_within_its_bound():
+    cache = jopt.init_cache((1, 8, 2, 16), spec_of(3, group_size=None))
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2, 16))
+    cache = cache.append(x, x)
+    keys, bound = cache.read().keys, cache.error_bounds()[0]
+    assert (jnp.abs(keys - x) <= bound * (1 + 1e-2)).all()
+    assert (bound > 0).all()
+
+
+def test_bits_schedules_keep_it():
+    values = jopt.fake_quantize(jnp.array(W), spec_of(8), bits=3)
+    want = jopt.fake_quantize(jnp.array(W), spec_of(3))
+    np.testing.assert_array_equal(values, want)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "words"),
+    [
+        ("uint4", {"symmetric": False}, "asymmetric uint4"),
+        ("int4", {"symmetric": False}, "asymmetric int4"),
+        ("nf4", {}, "symmetric nf4"),
+        ("fp8_e4m3", {}, "symmetric fp8_e4m3"),
+    ],
+)
+def test_other_formats_refuse_it(format, options, words):
+    with pytest.raises(ValueError, match=f"narrow_range must be True for {words}"):
+        jopt.QuantSpec(getattr(jopt.formats, format), narrow_range=False, **options)
+    with pytest.raises(TypeError, match="narrow_range must be True or False"):
+        jopt.QuantSpec(jopt.formats.int4, narrow_range=0)
+
+
+def test_learned_scales_and_known_ranges_refuse_it():
+    spec = spec_of(4, group_size=None)
+    with pytest.raises(ValueError, match="positive scales"):
+        jopt.quantize_weights(optax.sgd(0.1), spec, scales="learned").init({"w": W})
+    with pytest.raises(ValueError, match="narrow_range=True"):
+        jopt.calibrate(apply, {"w": W}, list(X), activations=spec)
+
+
+def test_nan_and_zeros():
+    w = np.zeros((32, 2), np.float32)
+    w[20, 1] = np.nan
+    q = jopt.quantize({"w": w}, spec_of(4))["w"]
+    np.testing.assert_array_equal(
+        np.asarray(q.scale, np.float32), [[1, 1], [1, np.nan]]
+    )
