@@ -6,9 +6,10 @@ All take the same weights and Gram matrix, in float32, in turn, from there to th
 quantized weights; jopt also as users call it, from the inputs on, without and with the
 error of the results. Inputs are small integers, so X^T X is exact whoever adds it up.
 What is right is told by the reference in float64. llm-compressor takes part where it is
-installed (it needs torch); its scales are those of the weights before anything is
-rounded. Its symmetric int4 has 16 levels with -8, jopt's has 15; with zero points both
-have 16, so errors are compared on those grids too.
+installed (it needs torch); its scales are float32, and those of the weights before
+anything is rounded. Its symmetric int4 has 16 levels with -8, jopt's has 15 unless
+narrow_range=False; with zero points both have 16. Errors are compared on those grids
+too, with float32 scales.
 """
 
 import argparse
@@ -165,13 +166,22 @@ def main() -> None:
         if has_peer:
             row["over_llm_compressor"] = seconds["llm-compressor"] / seconds["jopt"]
             row["error_of_llm_compressor"] = lost(weights, theirs(), gram)
-            zero_points = peer(weights, gram, bits, symmetric=False)
-            row["asymmetric"] = {"llm-compressor": lost(weights, zero_points(), gram)}
-            asymmetric = dataclasses.replace(spec, symmetric=False)
-            for order in (False, True):
-                found = ours(asymmetric, activation_order=order)[0].to_array()
-                name = "jopt in activation order" if order else "jopt"
-                row["asymmetric"][name] = lost(weights, found, gram)
+            wide = dataclasses.replace(spec, scale_dtype=jnp.float32)
+            grids = {
+                "all codes": dataclasses.replace(wide, narrow_range=False),
+                "asymmetric": dataclasses.replace(wide, symmetric=False),
+            }
+            ways = {
+                "jopt": {},
+                "jopt in activation order": {"activation_order": True},
+                "jopt by least error": {"fit": jopt.scale_fits.least_error(norm=2)},
+            }
+            for grid, other in grids.items():
+                theirs = peer(weights, gram, bits, symmetric=other.symmetric)
+                row[grid] = {"llm-compressor": lost(weights, theirs(), gram)}
+                for name, way in ways.items():
+                    found = ours(other, **way)[0].to_array()
+                    row[grid][name] = lost(weights, found, gram)
         rows[spec.format.name] = row
         print(spec, row, flush=True)
     measure.write({"size": args.size, "group": GROUP, "rows": rows}, args.out)

@@ -3,9 +3,19 @@
     python -m experiments.claims.post_training --data-dir FOLDER
 
 The dense GPT of `experiments.claims.one_shot` is trained once (or taken from that
-claim's folder by `--dense`). Then rounding to nearest, AWQ (arXiv:2306.00978) and GPTQ
-(arXiv:2210.17323) quantize every matrix of its layers, not the embeddings and the head,
-from windows of the training text. Scales are bfloat16 and have zero points beside them.
+claim's folder by `--dense`). Then these quantize every matrix of its layers, not the
+embeddings and the head, from windows of the training text:
+
+    rtn             rounding to nearest
+    hqq             the same, with scales of half-quadratic fits: no text is needed
+    awq             arXiv:2306.00978
+    autoround       arXiv:2309.05516
+    gptq            arXiv:2210.17323
+    gptq_fitted     the same, with the scales of least squared error
+    gptq_corrected  the same, and layers corrected for those before (QEP,
+                    arXiv:2504.09629)
+
+Scales are bfloat16 and have zero points beside them.
 What is evaluated is what would ship: the packed params, executed on the held-out text;
 bits are those of codes, scales and zero points over the weights.
 
@@ -37,7 +47,9 @@ class Config(one_shot.Config):
     """Where everything goes; started again with the same options it continues."""
     dense: Path | None = None
     """The folder of a finished one-shot claim, whose dense model is taken."""
-    methods: tuple[str, ...] = ("rtn", "awq", "gptq")
+    methods: tuple[str, ...] = (
+        "rtn", "hqq", "awq", "autoround", "gptq", "gptq_fitted", "gptq_corrected",
+    )  # fmt: skip
     bits: tuple[int, ...] = (8, 4, 3, 2)
     groups: tuple[int, ...] = (32, 128)
 
@@ -62,10 +74,23 @@ def calibrated(method: Callable[..., Any], **options: Any) -> Quantizer:
     return go
 
 
+def without_data(job: one_shot.Job, spec: jopt.QuantSpec) -> Any:
+    """Quantize by HQQ."""
+    return jopt.hqq(job.params, spec, select=one_shot.PRUNED)
+
+
+LEAST_SQUARES = jopt.scale_fits.least_error(norm=2.0)
 METHODS: dict[str, tuple[str, Quantizer]] = {
     "rtn": ("to nearest", calibrated(jopt.rtn, errors=False)),
+    "hqq": ("HQQ", without_data),
     "awq": ("AWQ", calibrated(jopt.awq)),
+    "autoround": ("AutoRound", calibrated(jopt.autoround)),
     "gptq": ("GPTQ", calibrated(jopt.gptq)),
+    "gptq_fitted": ("fitted GPTQ", calibrated(jopt.gptq, fit=LEAST_SQUARES)),
+    "gptq_corrected": (
+        "fitted GPTQ, QEP",
+        calibrated(jopt.gptq, fit=LEAST_SQUARES, correction=1.0),
+    ),
 }
 
 
@@ -153,7 +178,15 @@ def draw(results: list[dict[str, Any]]) -> Any:
     plt = plots.plt
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     dense = results[0]["loss"]
-    colors = ["#999999", "#2166ac", "#1b7837"]
+    colors = [
+        "#999999",
+        "#b35806",
+        "#2166ac",
+        "#762a83",
+        "#1b7837",
+        "#7fbf7b",
+        "#c51b7d",
+    ]
     for (name, (label, _)), color in zip(METHODS.items(), colors, strict=True):
         mine = sorted(
             (r for r in results if r["method"] == name),

@@ -1,5 +1,6 @@
 """Faults seen in other quantization libraries for JAX, each shown to be impossible."""
 
+import functools
 import threading
 
 import equinox as eqx
@@ -13,6 +14,7 @@ from jax import lax
 
 import jopt
 from jopt.arrays.quantized import fake_quantize as fake_quantize_array
+from jopt.quantization.gptq import gptq_matrix
 
 INT8 = jopt.QuantSpec(jopt.formats.int8)
 INT4 = jopt.QuantSpec(jopt.formats.int4)
@@ -262,6 +264,67 @@ def test_static_activations_are_really_integers():
     packed = jopt.quantize(params, calibration)
     run = jopt.execute(matmul, activations=calibration)
     assert int_products(run, packed, x) == (1, 1)
+
+
+def test_smoothed_inference_multiplies_integers_whatever_the_leaf_is_called():
+    """And in any format: smoothing is a function and params, no provider of its own."""
+
+    def apply(params, x):
+        h = (x / jnp.std(x)) * params["norm"][None]
+        return jnp.tanh(h @ params["up"]) @ params["down"]
+
+    params = {"norm": jnp.ones(8), "up": normal(8, 16), "down": normal(16, 3)}
+    x = normal(4, 8) * jnp.where(jnp.arange(8)[None] == 2, 50.0, 1.0)
+    smoothed, smooth_params = jopt.smooth(apply, params, [x], alpha=0.5)
+    np.testing.assert_allclose(smoothed(smooth_params, x), apply(params, x), rtol=1e-4)
+    for spec in (INT8, INT4):
+        packed = jopt.quantize(
+            smooth_params, spec, select=jopt.matching("params/(up|down)")
+        )
+        run = jopt.execute(smoothed, activations=INT8)
+        assert int_products(run, packed, x) == (2, 2)
+
+
+# GPTQ for some grids alone, without an order, and compiled column by column.
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        jopt.QuantSpec(jopt.formats.int3, group_size=8),
+        jopt.QuantSpec(jopt.formats.nf4, group_size=8),
+        jopt.QuantSpec(jopt.formats.uint4, symmetric=False),
+        jopt.QuantSpec(jopt.formats.int5, symmetric=False, group_size=8),
+    ],
+    ids=str,
+)
+def test_gptq_on_grids_that_were_refused(spec, order):
+    x = normal(64, 16) @ normal(16, 16)
+    params = {"w": normal(16, 6)}
+    error = {}
+    for name, method in (("gptq", jopt.gptq), ("rtn", jopt.rtn)):
+        options = {"activation_order": order} if name == "gptq" else {}
+        packed, _ = method(matmul, params, [x], spec, **options)
+        error[name] = float(jnp.sum((x @ (packed["w"].to_array() - params["w"])) ** 2))
+    assert error["gptq"] < error["rtn"]
+
+
+def test_gptq_of_more_columns_is_no_longer_program():
+    """Columns are turns of a loop: 1024 take as many equations as 256.
+
+    But for line breaks in what is printed.
+    """
+
+    def solve(size):
+        spec = jopt.QuantSpec(jopt.formats.int4, group_size=128)
+        run = functools.partial(gptq_matrix, spec=spec)
+        shapes = [
+            jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, 8), (size,) * 2)
+        ]
+        return len(str(jax.make_jaxpr(run)(*shapes)).splitlines())
+
+    assert solve(1024) < 1.01 * solve(256)
 
 
 # Static ranges under nn.scan; means in place of observers.
