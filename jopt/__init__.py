@@ -18,7 +18,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq and rtn
+                  sparsegpt and wanda; rotate; gptq and rtn
     a loss        distillation
 """
 
@@ -72,8 +72,10 @@ from jopt.pruning import top_kast as top_kast
 from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import QuantizationReport as QuantizationReport
+from jopt.quantization import RotationReport as RotationReport
 from jopt.quantization import calibrate as calibrate
 from jopt.quantization import execute as execute
+from jopt.quantization import execute_rotated as execute_rotated
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
 from jopt.quantization import get_scales as get_scales
@@ -81,6 +83,7 @@ from jopt.quantization import gptq as gptq
 from jopt.quantization import observers as observers
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
+from jopt.quantization import rotate as rotate
 from jopt.quantization import rtn as rtn
 from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata

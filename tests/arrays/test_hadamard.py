@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jopt.arrays.hadamard import block_size, hadamard_transform
 
 
 def matrix(size):
-    """The matrix of the transform, times the root of its size, read off the unit vectors."""
+    """Read the matrix of the transform off the unit vectors."""
     rows = hadamard_transform(jnp.eye(size, dtype=jnp.float32), axis=0)
     return np.asarray(rows, np.float64)
 
@@ -48,8 +48,7 @@ def test_other_sizes_are_cut_into_blocks(size, block):
     np.testing.assert_allclose(matrix(size), expected, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from([4, 12, 16, 20, 28, 48, 10]), st.integers(0, 2), st.integers(0, 9))
+@given(st.sampled_from([4, 12, 16, 28, 48, 10]), st.integers(0, 2), st.integers(0, 9))
 def test_the_inverse_undoes_it_and_norms_stay(size, axis, seed):
     shape = [2, 3, 2]
     shape[axis] = size
