@@ -9,7 +9,8 @@ What happens to parameters is an Optax gradient transformation around yours:
 and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
-                  formats, QuantSpec, QuantizedArray, CompressedArray
+                  formats, QuantSpec, QuantizedArray, QuantizedPlusLowRank,
+                  CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
                   proximal_maps, quantize_weights, get_masks, apply_masks,
@@ -18,7 +19,7 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
     a tree        quantize, dequantize
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; rotate; gptq and rtn
+                  sparsegpt and wanda; rotate; gptq, svdquant, rtn
     a loss        distillation
 """
 
@@ -35,6 +36,9 @@ from jopt.arrays.patterns import Unstructured as Unstructured
 from jopt.arrays.patterns import make_mask as make_mask
 from jopt.arrays.quantized import QuantizedArray as QuantizedArray
 from jopt.arrays.quantized import dequantize as dequantize
+from jopt.arrays.quantized_plus_low_rank import (
+    QuantizedPlusLowRank as QuantizedPlusLowRank,
+)
 from jopt.arrays.specs import QuantSpec as QuantSpec
 from jopt.programs import statistics as statistics
 from jopt.programs.counts import count_bytes as count_bytes
@@ -85,6 +89,7 @@ from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
 from jopt.quantization import rotate as rotate
 from jopt.quantization import rtn as rtn
+from jopt.quantization import svdquant as svdquant
 from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore

@@ -216,10 +216,11 @@ def dequantize(tree: Any) -> Any:
     w = unpermute((level(codes) - zero_point) * scale * outer_scale) / input_scale
 
     Args:
-        tree: a `QuantizedArray`, or any tree with some as leaves.
+        tree: a `QuantizedArray` or any other compressed array, or a tree with some as
+            leaves.
 
     Returns:
-        The float array, or the tree with float arrays in place of quantized ones and
+        The float array, or the tree with float arrays in place of compressed ones and
         all other leaves as they were.
 
     >>> from jopt.arrays import formats
@@ -228,9 +229,9 @@ def dequantize(tree: Any) -> Any:
     [Array([ 4., -7.], dtype=float32), 'other']
     """
     return jax.tree.map(
-        lambda leaf: _dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf,
+        lambda leaf: leaf.to_array() if isinstance(leaf, CompressedArray) else leaf,
         tree,
-        is_leaf=lambda node: isinstance(node, QuantizedArray),
+        is_leaf=lambda node: isinstance(node, CompressedArray),
     )
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.codes import compute_codes, compute_levels, scale_levels
 from jopt.arrays.gram_errors import squared_norms
-from jopt.arrays.scales import Scale, spread_groups
+from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.layouts import Layout
 from jopt.programs.passes import Moments, is_met
@@ -32,6 +32,7 @@ from jopt.programs.spread import (
     placed_as,
 )
 from jopt.programs.targets import Target
+from jopt.quantization.layer_scales import layer_scale
 
 
 class Solved(NamedTuple):
@@ -42,11 +43,14 @@ class Solved(NamedTuple):
             weights times `input_scale`.
         scale: fields [groups, outputs].
         input_scale: [inputs], that the weights were multiplied by; None for 1.
+        low_rank: factors [inputs, rank] and [rank, outputs], whose product is added to
+            the values in the end; None for none.
     """
 
     values: jax.Array
     scale: Scale
     input_scale: jax.Array | None = None
+    low_rank: tuple[jax.Array, jax.Array] | None = None
 
 
 class Method(NamedTuple):
@@ -64,6 +68,7 @@ class Method(NamedTuple):
         order: `(squares, **options)` to the inputs in the order in which `prepared` has
             them; None for as they are.
         options: further arguments.
+        refuse: says why it cannot take a target, or None where it can.
     """
 
     name: str
@@ -72,6 +77,7 @@ class Method(NamedTuple):
     prepare: Callable[..., jax.Array] | None = None
     order: Callable[..., jax.Array] | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    refuse: Callable[[Target], str | None] | None = None
 
 
 class Inputs(NamedTuple):
@@ -105,6 +111,12 @@ class Facts(NamedTuple):
     reached: Any
     noise: Any
     errors: Any
+
+
+def multiply_factors(lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    """Multiply the factors of a matrix in float32, as they are when it is decoded."""
+    wide = (factor.astype(jnp.float32) for factor in (lora_a, lora_b))
+    return jnp.matmul(*wide, precision=jax.lax.Precision.HIGHEST)
 
 
 def matrix_spec(spec: QuantSpec) -> QuantSpec:
@@ -234,6 +246,9 @@ def _quantize_layer(
         new = compute_codes(values, scale, form)
         if by_input is not None:
             values = values / by_input[:, None]
+        factors = jax.tree.map(lambda x: jnp.where(is_left, 0, x), found.low_rank)
+        if factors is not None:
+            values = values + multiply_factors(*factors)
         kept = values.astype(w.dtype)
         lost = jnp.sum(jnp.square(wide - values))
         noise = jnp.stack([lost, jnp.sum(jnp.square(wide))])
@@ -249,7 +264,7 @@ def _quantize_layer(
                 squares[order],
                 in_parts=split is None,
             )
-        solved = Solved(jnp.zeros(()), scale, by_input)
+        solved = Solved(jnp.zeros(()), scale, by_input, factors)
         return kept, new, solved, is_solved | is_left, noise, errors
 
     kept, new, solved, is_solved, noise, errors = each(
@@ -287,107 +302,3 @@ _anew = jax.jit(_quantize_layer, static_argnames=_STATIC, donate_argnames="codes
 _in_place = jax.jit(
     _quantize_layer, static_argnames=_STATIC, donate_argnames=("leaf", "codes")
 )
-
-
-def layer_scale(
-    static: Scale,
-    shape: tuple[int, ...],
-    layout: Layout,
-    spec: QuantSpec,
-    layer: Any,
-) -> Scale:
-    """Take the scales of one layer's matrices out of those of a leaf.
-
-    Args:
-        static: scales of the leaf.
-        shape: of the leaf.
-        layout: of its matrices.
-        spec: of the leaf.
-        layer: which layer.
-
-    Returns:
-        Fields `[batch, groups, outputs]`; outer scales `[batch, 1, outputs]`.
-    """
-    num_layers, _, columns, _ = layout.sizes
-    width = spec.group_size or columns
-
-    def of(field: jax.Array, every: int) -> jax.Array:
-        spread = jnp.broadcast_to(spread_groups(field, shape), shape)
-        matrices = layout.to_matrices(spread)
-        one = matrices[0] if num_layers == 1 else matrices[layer]
-        return one[:, ::every]
-
-    scale, zero_point, outer = static
-    return Scale(
-        of(scale, width),
-        None if zero_point is None else of(zero_point, width),
-        None if outer is None else of(outer, columns),
-    )
-
-
-def leaf_scale(
-    static: Scale,
-    shape: tuple[int, ...],
-    layout: Layout,
-    spec: QuantSpec,
-    layers: dict[int, Scale],
-) -> Scale:
-    """Put the scales of layers in the place of those of rounding to nearest.
-
-    Args:
-        static: scales of the leaf.
-        shape: of the leaf.
-        layout: of its matrices.
-        spec: of the leaf.
-        layers: layer to fields `[batch, groups, outputs]`.
-
-    Returns:
-        The scales of the leaf.
-    """
-    columns = layout.sizes[2]
-
-    def of(before: jax.Array, own: dict[int, jax.Array]) -> jax.Array:
-        spread = jnp.broadcast_to(spread_groups(before, shape), shape)
-        matrices = layout.to_matrices(spread)
-        for layer, values in own.items():
-            wide = jnp.repeat(values, columns // values.shape[1], axis=1)
-            matrices = matrices.at[layer].set(wide.astype(matrices.dtype))
-        whole = layout.from_matrices(matrices, spread)
-        steps = [n // kept for n, kept in zip(shape, before.shape, strict=True)]
-        return whole[tuple(slice(None, None, step) for step in steps)]
-
-    fields = [
-        None
-        if before is None
-        else of(before, {layer: scale[i] for layer, scale in layers.items()})  # type: ignore[misc]
-        for i, before in enumerate(static)
-    ]
-    return Scale(*fields)  # type: ignore[arg-type]
-
-
-def leaf_input_scale(
-    shape: tuple[int, ...], layout: Layout, layers: dict[int, jax.Array]
-) -> jax.Array:
-    """Put the input scales of layers together.
-
-    Args:
-        shape: of the leaf.
-        layout: of its matrices.
-        layers: layer to `[batch, columns]`.
-
-    Returns:
-        float32 of the leaf's rank, of size 1 along the outputs, where they are axes of
-        their own.
-    """
-    ones = jnp.ones(shape, jnp.float32)
-    matrices = layout.to_matrices(ones)
-    for layer, values in layers.items():
-        matrices = matrices.at[layer].set(values[..., None])
-    whole = layout.from_matrices(matrices, ones)
-    inner = {atom.axis for group in layout.groups[:3] for atom in group}
-    return whole[
-        tuple(
-            slice(None) if axis in inner or not layout.is_whole else slice(0, 1)
-            for axis in range(len(shape))
-        )
-    ]

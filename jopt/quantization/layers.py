@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
+from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
 from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.arrays.specs import QuantSpec, group_axis
 from jopt.programs import flags, passes, sites
@@ -20,16 +21,16 @@ from jopt.quantization.layer_report import (
     QuantizedRow,
     decibels,
 )
+from jopt.quantization.layer_scales import leaf_input_scale, leaf_scale
 from jopt.quantization.layer_solving import (
     Facts,
     Inputs,
     Method,
     Solved,
-    leaf_input_scale,
-    leaf_scale,
     prepare,
     quantize_layer,
 )
+from jopt.quantization.low_rank import add_factors
 from jopt.quantization.specs import SpecOrRules, resolve_specs
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
@@ -119,10 +120,12 @@ class _Work:
         self.facts[i, layer] = facts
         self.solved[i, layer] = solved
 
-    def pack(self, at: int) -> QuantizedArray:
+    def pack(self, at: int) -> QuantizedArray | QuantizedPlusLowRank:
         """Put codes and scales of a leaf together."""
         leaf, scale, input_scale = self.dense[at], self.static[at], None
         spec = next(t.goal for t in self.targets if t.leaf == at)
+        factors: dict[int, tuple[jax.Array, jax.Array]] = {}
+        layout = None
         for i, target in enumerate(self.targets):
             found = {k: s for (j, k), s in self.solved.items() if j == i}
             if target.leaf != at or not found:
@@ -137,9 +140,17 @@ class _Work:
             if by_input:
                 more = _joined_inputs(by_input, leaf.shape, target.layout)
                 input_scale = more if input_scale is None else input_scale * more
-        return from_codes(
+            factors = {
+                layer: solved.low_rank
+                for layer, solved in found.items()
+                if solved.low_rank is not None
+            }
+            layout = target.layout
+        packed = from_codes(
             self.codes[at], scale, spec, leaf.dtype, input_scale=input_scale
         )
+        # A method with factors has refused leaves of several targets.
+        return packed if layout is None else add_factors(packed, factors, layout)
 
     def result(
         self, order: Sequence[tuple[int, int]]
@@ -210,6 +221,10 @@ def quantize_layers(
     inputs = flags.fix(inputs_of(first))
     analysis = sites.analyse(apply, params, inputs, {})
     targets, left = _targets(analysis.table, params, spec_or_rules, select)
+    if method.refuse is not None:
+        reasons = {target.path: method.refuse(target) for target in targets}
+        left |= {path: why for path, why in reasons.items() if why is not None}
+        targets = [target for target in targets if reasons[target.path] is None]
     if not targets:
         listed = "; ".join(f"{path}: {why}" for path, why in left.items())
         raise ValueError(

@@ -10,8 +10,12 @@ Earlier layers are quantized first, and later ones see what that does to their i
 convolutions and experts, and every format that has no scale of its own per element.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jopt.quantization.gptq import check, input_order, prepare, round_prepared
 from jopt.quantization.layer_report import QuantizationReport
@@ -19,6 +23,12 @@ from jopt.quantization.layer_solving import Method
 from jopt.quantization.layers import quantize_layers
 from jopt.quantization.nearest import round_to_nearest
 from jopt.quantization.specs import SpecOrRules
+from jopt.quantization.svdquant import (
+    ResidualMethod,
+    prepare_rest,
+    refuse,
+    split_and_round,
+)
 from jopt.trees import rules
 
 
@@ -165,6 +175,114 @@ def rtn(
     """
     return quantize_layers(
         Method("rtn", round_to_nearest, "squares"),
+        apply,
+        params,
+        batches,
+        spec_or_rules,
+        select=select,
+        error_propagation=error_propagation,
+        errors=errors,
+        progress=progress,
+    )
+
+
+def svdquant(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    spec_or_rules: SpecOrRules,
+    *,
+    rank: int = 16,
+    residual_method: ResidualMethod = "rtn",
+    refit: bool = True,
+    factor_dtype: DTypeLike = jnp.bfloat16,
+    select: rules.Select = None,
+    error_propagation: bool = True,
+    damping: float = 0.01,
+    errors: bool = True,
+    progress: bool = True,
+) -> tuple[Any, QuantizationReport]:
+    """Quantize what is left of each matrix beside its largest directions.
+
+    W ~ A B + Q,    Q = round(W - A B),    then A, B = argmin ||X (W - Q - A B)||
+
+    The factors A [inputs, rank] and B [rank, outputs] stay in high precision, and take
+    up the outliers of W: first its largest singular directions, and once the rest is
+    rounded what is best for the inputs X. `jopt.execute` multiplies codes by codes and,
+    beside them, the unrounded input by the two thin matrices: x W ~ x_q Q + (x A) B.
+
+    What it costs: the passes and Gram matrices of `gptq`, one or two singular value
+    decompositions per matrix, and beside its codes `rank (inputs + outputs)` numbers of
+    `factor_dtype`.
+
+    Args:
+        apply: a pure function `apply(params, *inputs)`.
+        params: its parameters, any tree of float arrays.
+        batches: of inputs, as for `gptq`.
+        spec_or_rules: a `jopt.QuantSpec`, or rules, as for `gptq`.
+        rank: of the factors.
+        residual_method: how the rest is rounded: "rtn" to nearest, or "gptq".
+        refit: whether the factors are found again once the rest is rounded. It never
+            makes the error of a layer larger, but for damping.
+        factor_dtype: of the factors.
+        select: which leaves, as for `gptq`.
+        error_propagation: whether a layer sees the inputs that the quantized layers
+            before it give, instead of those of the floats.
+        damping: part of the mean of the diagonal that is added to it.
+        errors: whether the report says what each layer loses of its results.
+        progress: whether to show a bar, if there is a terminal.
+
+    Returns:
+        `(packed, report)`, as for `gptq`, with `jopt.QuantizedPlusLowRank` leaves;
+        factors count in the bits. Leaves whose inputs and outputs are no axes of their
+        own (fused kernels that are sliced), or that have no more than `rank` of them,
+        are left alone and listed.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or `batches` are no inputs.
+        ValueError: `rank` is no positive count, `residual_method` is unknown, or as for
+            `gptq`.
+
+    References:
+        Li et al., SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit
+        Diffusion Models, arXiv:2411.05007.
+
+    >>> import jopt
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> params = {"w": jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(3)).at[0, 0].set(1.5)}
+    >>> int4 = jopt.QuantSpec(jopt.formats.int4)
+    >>> packed, _ = svdquant(apply, params, [jnp.eye(4)], int4, rank=1)
+    >>> packed["w"].lora_a.shape, packed["w"].lora_b.shape
+    ((4, 1), (1, 3))
+    >>> bool(jnp.abs(jopt.dequantize(packed)["w"] - params["w"]).max() < 0.05)
+    True
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a count of at least 1, got {rank!r}")
+    if residual_method not in ("rtn", "gptq"):
+        raise ValueError(
+            f"residual_method must be 'rtn' or 'gptq', got {residual_method!r}"
+        )
+    check(activation_order=False, block_size=128, damping=damping)
+    is_gptq = residual_method == "gptq"
+    options = (
+        ("rank", rank),
+        ("factor_dtype", jnp.dtype(factor_dtype)),
+        ("refit", refit),
+        ("residual_method", residual_method),
+        ("block_size", 128),
+        ("damping", damping),
+    )
+    method = Method(
+        "svdquant",
+        split_and_round,
+        "gram" if refit or is_gptq else "squares",
+        prepare=prepare_rest if is_gptq else None,
+        options=options,
+        refuse=functools.partial(refuse, rank=rank),
+    )
+    return quantize_layers(
+        method,
         apply,
         params,
         batches,

@@ -20,6 +20,7 @@ import rich.table
 import rich.text
 
 from jopt.arrays import packing, quantized
+from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
 from jopt.trees import paths
 
 
@@ -187,6 +188,8 @@ def _mean(parts: list[tuple[float | None, int]]) -> float | None:
 
 
 def _dtype_name(leaf: Any) -> str:
+    if isinstance(leaf, QuantizedPlusLowRank):
+        return f"{leaf.residual.spec.format.name} + rank {leaf.rank}"
     is_quantized = isinstance(leaf, quantized.QuantizedArray)
     return leaf.spec.format.name if is_quantized else str(leaf.dtype)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jopt.arrays import formats, quantized, ranges
+from jopt.arrays import formats, quantized, quantized_plus_low_rank, ranges
 from jopt.trees import calibration, paths, recording
 
 Node = Any  # JSON: None, bool, int, str or a dict as the module describes
@@ -32,6 +32,7 @@ TYPES: dict[str, type] = {
     for kind in (
         quantized.QuantizedArray,
         quantized.QuantSpec,
+        quantized_plus_low_rank.QuantizedPlusLowRank,
         formats.Format,
         ranges.Range,
         calibration.Calibration,
