@@ -30,7 +30,7 @@ from jopt.programs.batches import begin, require_targets
 from jopt.programs.handlers import Handler, Use, to_array
 from jopt.programs.layouts import Layout
 from jopt.programs.producers import contracted_axes
-from jopt.programs.spread import as_automatic, placed_as
+from jopt.programs.spread import as_automatic, automatic, beside, placed_as
 from jopt.quantization.rotation_plan import Plan, find_met, make_plan, sizes_of
 from jopt.trees import rules
 from jopt.trees.layer_report import LayerReport
@@ -141,13 +141,13 @@ def rotate(
     online = {}
     for group in plan.groups:
         name = _JOIN.join(site.name for site in group.sites)
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        signs = jax.random.rademacher(own, (math.prod(group.sizes),), jnp.float32)
+        signs = _draw(key, name, math.prod(group.sizes))
         for i in group.targets:
             at, layout = plan.targets[i].leaf, plan.targets[i].layout
             leaves[at] = _rotate_leaf(leaves[at], signs, layout, group.sizes, 2)
         if group.producer is None:
-            online[name] = signs
+            beside_leaf = beside(signs, leaves[plan.targets[group.targets[0]].leaf])
+            online[name] = placed_as(beside_leaf, None)
             continue
         before = plan.targets[group.producer]
         leaves[before.leaf] = _rotate_leaf(
@@ -248,13 +248,22 @@ def _report(plan: Plan) -> RotationReport:
     return RotationReport(tuple(rows[i] for i in sorted(rows)), plan.left)
 
 
+@automatic()
+def _draw(key: jax.Array, name: str, size: int) -> jax.Array:
+    """Draw the signs of a group."""
+    own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return jax.random.rademacher(own, (size,), jnp.float32)
+
+
 def _rotate_leaf(
     leaf: Any, signs: jax.Array, layout: Layout, sizes: tuple[int, ...], axis: int
 ) -> jax.Array:
     """Rotate the inputs (axis 2) or outputs (axis 3) of all matrices of a leaf."""
-    whole = _rotate_matrices(
-        as_automatic(leaf), signs, layout=layout, sizes=sizes, axis=axis
-    )
+    with automatic():
+        whole = as_automatic(leaf)
+        whole = _rotate_matrices(
+            whole, beside(signs, whole), layout=layout, sizes=sizes, axis=axis
+        )
     return placed_as(whole, leaf)
 
 
@@ -273,9 +282,17 @@ def _rotate_matrices(
     return layout.from_matrices(jnp.moveaxis(wide, -1, axis), leaf)
 
 
+def _rotate_vector(leaf: Any, signs: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """Rotate a bias, whose elements lie as the outputs do."""
+    with automatic():
+        whole = as_automatic(leaf)
+        whole = _rotate_bias(whole, beside(signs, whole), sizes=sizes)
+    return placed_as(whole, leaf)
+
+
 @functools.partial(jax.jit, static_argnames="sizes")
-def _rotate_vector(
-    leaf: jax.Array, signs: jax.Array, sizes: tuple[int, ...]
+def _rotate_bias(
+    leaf: jax.Array, signs: jax.Array, *, sizes: tuple[int, ...]
 ) -> jax.Array:
     flat = _rotated(_widened(leaf).reshape(-1), signs, sizes)
     return flat.reshape(leaf.shape).astype(leaf.dtype)

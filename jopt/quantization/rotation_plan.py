@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from jopt.arrays.hadamard import block_size
 from jopt.programs import passes
+from jopt.programs.layouts import Layout
 from jopt.programs.operations import Site
 from jopt.programs.probes import is_met
 from jopt.programs.producers import Producer, contracted_axes, find_producer
 from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
+from jopt.programs.spread import as_automatic, automatic, on_every_device, read
 from jopt.programs.targets import Target, find_targets
 from jopt.programs.weights import parts
 from jopt.trees import rules
@@ -116,14 +118,20 @@ def find_met(plan: Plan, params: Any, seen: Mapping[str, Any]) -> list[bool]:
         A bool per target.
     """
     leaves = jax.tree.leaves(params)
-    met = []
-    for target in plan.targets:
-        matrices = target.layout.to_matrices(jnp.asarray(leaves[target.leaf]))
-        every = passes.of_target(target, seen, "seen")
-        met.append(
-            all(bool(is_met(each, w)) for each, w in zip(every, matrices, strict=True))
+    return [
+        _is_met(
+            as_automatic(leaves[target.leaf]),
+            on_every_device(passes.of_target(target, seen, "seen")),
+            target.layout,
         )
-    return met
+        for target in plan.targets
+    ]
+
+
+@automatic()
+def _is_met(leaf: jax.Array, seen: jax.Array, layout: Layout) -> bool:
+    pairs = zip(seen, read(leaf, layout=layout), strict=True)
+    return all(bool(is_met(*pair)) for pair in pairs)
 
 
 def _is_matrix(leaf: Any) -> bool:
