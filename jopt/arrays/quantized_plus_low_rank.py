@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jopt.arrays import quantized_shards
+from jopt.arrays.axes import varying_axes
 from jopt.arrays.codes import round_to_dtype
 from jopt.arrays.compressed import CompressedArray
 from jopt.arrays.quantized import QuantizedArray
@@ -109,17 +112,41 @@ class QuantizedPlusLowRank(CompressedArray):
 
     def after(
         self, primitive: str, params: Mapping[str, Any], operands: Sequence[Any]
-    ) -> "QuantizedPlusLowRank | None":
+    ) -> "QuantizedPlusLowRank | tuple[QuantizedPlusLowRank, ...] | None":
         """Take a view: of the residual as it does it, of the factors likewise.
 
-        Casts, transposes, and slices of single layers; everything else is computed.
+        Casts, transposes, slices of single layers and gathers over devices; everything
+        else is computed.
         """
+        if primitive == "unstack":
+            return _unstack(self, params, operands)
         rule = _RULES.get(primitive)
         factors = None if rule is None else rule(self, params, operands)
         residual = self.residual.after(primitive, params, operands)
         if factors is None or not isinstance(residual, QuantizedArray):
             return None
         return QuantizedPlusLowRank(residual, *factors)
+
+    def partition_specs(
+        self, spec: PartitionSpec, sizes: Mapping[str, int]
+    ) -> "QuantizedPlusLowRank | None":
+        """Split factors along the axes that they have whole, as the array is split."""
+        residual = self.residual.partition_specs(spec, sizes)
+        if residual is None:
+            return None
+        entries = [*spec, *[None] * (self.ndim - len(spec))]
+
+        def without(axes: Sequence[int]) -> Any:
+            gone = {axis + self.ndim for axis in axes}
+            kept = (None if i in gone else entry for i, entry in enumerate(entries))
+            return PartitionSpec(*kept)  # type: ignore[no-untyped-call]
+
+        return dataclasses.replace(
+            self,
+            residual=residual,
+            lora_a=without(self.outputs),
+            lora_b=without(self.inputs),
+        )
 
     def __repr__(self) -> str:
         if not hasattr(self.lora_a, "shape"):
@@ -218,17 +245,61 @@ def _squeeze(w: QuantizedPlusLowRank, params: Any, operands: Any) -> _Factors | 
     return a, b, inputs, outputs
 
 
+def _all_gather(w: QuantizedPlusLowRank, params: Any, operands: Any) -> _Factors | None:
+    """Gather the factor that is split; the other must be one on all devices."""
+    axis, names = params["all_gather_dimension"], params["axis_name"]
+    devices = {names} if isinstance(names, str) else set(names)
+    is_tracked = devices <= set(varying_axes(w.residual.codes))
+    if not params["tiled"] or params["axis_index_groups"]:
+        return None
+    found = []
+    for part, without in ((w.lora_a, w.outputs), (w.lora_b, w.inputs)):
+        if axis - w.ndim not in without:
+            part = lax.all_gather(part, names, axis=axis, tiled=True)
+        elif not is_tracked or devices & set(varying_axes(part)):
+            return None
+        found.append(part)
+    return found[0], found[1], w.inputs, w.outputs
+
+
+def _vary(w: QuantizedPlusLowRank, params: Any, operands: Any) -> _Factors:
+    a, b = quantized_shards.vary((w.lora_a, w.lora_b), params, operands)
+    return a, b, w.inputs, w.outputs
+
+
+def _unstack(
+    w: QuantizedPlusLowRank, params: Any, operands: Any
+) -> tuple[QuantizedPlusLowRank, ...] | None:
+    """Take all layers apart."""
+    axis = params["axis"]
+    residuals = w.residual.after("unstack", params, operands)
+    if not isinstance(residuals, tuple) or not _are_layers(w, [axis]):
+        return None
+    inputs, outputs = (
+        tuple(a if axis - w.ndim < a else a + 1 for a in axes)
+        for axes in (w.inputs, w.outputs)
+    )
+    factors = [jnp.moveaxis(part, axis, 0) for part in (w.lora_a, w.lora_b)]
+    return tuple(
+        QuantizedPlusLowRank(residual, a, b, inputs, outputs)
+        for residual, a, b in zip(residuals, *factors, strict=True)
+        if isinstance(residual, QuantizedArray)
+    )
+
+
 def _are_layers(w: QuantizedPlusLowRank, axes: Sequence[int]) -> bool:
     """Tell whether both factors have some axes whole."""
     return not {axis - w.ndim for axis in axes} & {*w.inputs, *w.outputs}
 
 
 _RULES: Mapping[str, Any] = {
+    "all_gather": _all_gather,
     "convert_element_type": _same,
     "copy": _same,
     "copy_p": _same,
     "dynamic_slice": _dynamic_slice,
     "name": _same,
+    "pvary": _vary,
     "slice": _slice,
     "squeeze": _squeeze,
     "stop_gradient": _same,
