@@ -98,10 +98,12 @@ def multiply_low_rank(use: Use) -> jax.Array | None:
 
     Returns:
         float32 `(x A) B`, of the shape of the site's result, or `(x B^T) A^T` where the
-        outputs are contracted, as of a tied weight; None if the site is no
-        `dot_general` that contracts either.
+        outputs are contracted, as of a tied weight; None if the site contracts neither,
+        or is no `dot_general` and no plain convolution.
     """
     site, w = use.site, use.weight
+    if site.primitive == "conv_general_dilated":
+        return _convolve(use, w)
     letters = _letters(site, w) if site.primitive == "dot_general" else None
     if letters is None:
         return None
@@ -128,6 +130,34 @@ def multiply_low_rank(use: Use) -> jax.Array | None:
         precision=site.params["precision"] or lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
         out_sharding=site.params.get("out_sharding"),
+    )
+
+
+def _convolve(use: Use, w: QuantizedPlusLowRank) -> jax.Array | None:
+    """Convolve with one factor, to as many features as the rank, and mix these."""
+    site, params = use.site, dict(use.site.params)
+    numbers = params["dimension_numbers"]
+    counts = params["feature_group_count"], params["batch_group_count"]
+    if site.operand != 1 or counts != (1, 1):
+        return None
+    if w.outputs != (numbers.rhs_spec[0] - w.ndim,):
+        return None
+    x = jnp.asarray(to_array(use.x))
+    precision = params["precision"] or lax.Precision.HIGHEST
+    params |= {"precision": precision, "preferred_element_type": jnp.float32}
+    first = lax.conv_general_dilated(x, w.lora_a.astype(x.dtype), **params)
+    _, (b, b_axes) = w.factors()
+    between = list(string.ascii_lowercase[w.ndim : w.ndim + first.ndim])
+    out = list(between)
+    between[numbers.out_spec[1]] = "R"
+    out[numbers.out_spec[1]] = b_axes.replace("R", "")
+    return jnp.einsum(
+        f"{''.join(between)},{b_axes}->{''.join(out)}",
+        first.astype(x.dtype),
+        b.astype(x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+        out_sharding=params.get("out_sharding"),
     )
 
 
