@@ -176,7 +176,7 @@ def test_four_bits_lose_far_less():
 
 def test_everything_else_takes_the_rotated_function(rotated):
     params, x, apply, found, _ = rotated
-    select = jopt.matching("*/layers", "*/q")
+    select = jopt.matching("params/(layers|q)")
     packed, report = jopt.gptq(apply, found, [x], INT4, select=select, progress=False)
     assert report["params/layers[2]"].error < 0.05
     assert isinstance(packed["params"]["q"], jopt.QuantizedArray)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jopt
 from jopt.quantization.svdquant import low_rank_factors, split_and_round
@@ -190,14 +192,191 @@ def test_views_keep_factors(packed):
     np.testing.assert_allclose(y, strange({"w": dense}, x), atol=1e-4)
 
 
-def test_save_and_restore(packed, tmp_path):
+@pytest.mark.parametrize("name", ["run", "model.safetensors"])
+def test_save_and_restore(packed, tmp_path, name):
     *_, found, _ = packed
-    jopt.save(tmp_path / "run", found)
-    again = jopt.restore(tmp_path / "run")
+    jopt.save(tmp_path / name, found)
+    again = jopt.restore(tmp_path / name)
     assert isinstance(again["q"], jopt.QuantizedPlusLowRank)
     for one, other in zip(*map(jax.tree.leaves, (found, again)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert again["q"].inputs == found["q"].inputs == (-3,)
+
+
+def test_other_layouts_of_files_say_that_they_have_no_form_for_it(packed, tmp_path):
+    *_, found, _ = packed
+    with pytest.raises(TypeError, match="got QuantizedPlusLowRank at 'w'"):
+        jopt.write_compressed_tensors(tmp_path, {"w": found["up"]})
+
+
+def square(params, x):
+    return x @ params["w"]
+
+
+def same(found, other):
+    assert jax.tree.structure(found) == jax.tree.structure(other)
+    for pair in zip(*map(jax.tree.leaves, (found, other)), strict=True):
+        np.testing.assert_array_equal(*pair)
+
+
+@pytest.mark.parametrize(
+    ("residual_method", "spec"),
+    [
+        ("rtn", jopt.QuantSpec(jopt.formats.int4, axis=())),
+        ("rtn", jopt.QuantSpec(jopt.formats.nvfp4)),
+        ("gptq", jopt.QuantSpec(jopt.formats.int4, group_size=16)),
+    ],
+)
+def test_rank_zero_is_rounding_itself(residual_method, spec):
+    params, x = {"w": normal(32, 8)}, normal(48, 32)
+    found, report = jopt.svdquant(
+        square, params, [x], spec, rank=0, residual_method=residual_method
+    )
+    method = getattr(jopt, residual_method)
+    want, plain = method(square, params, [x], spec)
+    same(found, want)
+    assert report["w"] == plain["w"]
+
+
+def test_what_is_left_of_random_weights_has_the_norm_of_the_other_directions():
+    """||W - A B||^2 is the sum of the squared singular values beyond the rank."""
+    rank, w, x = 16, RNG.normal(size=(128, 96)), RNG.normal(size=(512, 128))
+    params, x = {"w": jnp.asarray(w, jnp.float32)}, jnp.asarray(x, jnp.float32)
+    options = {"rank": rank, "refit": False, "factor_dtype": jnp.float32}
+    found, report = jopt.svdquant(square, params, [x], INT4, **options)
+    low = np.asarray(found["w"].lora_a @ found["w"].lora_b, np.float64)
+    tail = np.sum(np.linalg.svd(w, compute_uv=False)[rank:] ** 2)
+    np.testing.assert_allclose(np.sum((w - low) ** 2), tail, rtol=1e-4)
+    # Half a step per weight at most, with steps of the range of the rest.
+    rest = w - low
+    steps = np.abs(rest).max(axis=0) / 7 * (1 + 2**-8)
+    lost = np.abs(np.asarray(jopt.dequantize(found["w"])) - w)
+    assert np.all(lost <= steps / 2 + np.abs(rest).max() * 2**-8 + 1e-5)
+    refitted, better = jopt.svdquant(square, params, [x], INT4, rank=rank)
+    _, plain = jopt.rtn(square, params, [x], INT4)
+    assert better["w"].error < report["w"].error < plain["w"].error
+    assert refitted["w"].lora_a.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["rows", "elements", "directions"])
+def test_planted_outliers_go_into_the_factors(kind):
+    """Of sixteen directions: by ten times and more less is lost than by rounding."""
+    w, x = RNG.normal(size=(128, 96)), RNG.normal(size=(256, 128))
+    if kind == "rows":
+        w[RNG.choice(128, 8, replace=False)] *= 30
+    elif kind == "elements":
+        w[np.arange(12) * 10, np.arange(12) * 8] += 100
+    else:
+        w += 5 * RNG.normal(size=(128, 12)) @ RNG.normal(size=(12, 96))
+    params, x = {"w": jnp.asarray(w, jnp.float32)}, jnp.asarray(x, jnp.float32)
+    _, plain = jopt.rtn(square, params, [x], INT4)
+    _, report = jopt.svdquant(square, params, [x], INT4, rank=16)
+    assert 10 * report["w"].error < plain["w"].error
+
+
+def test_layers_make_up_for_those_before():
+    """The whole loses less than without, and the first layer is as without."""
+
+    def apply(params, x):
+        return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+
+    params = {"a": 2 * normal(16, 16), "b": normal(16, 16)}
+    x = jnp.asarray(RNG.normal(size=(96, 16)), jnp.float32)
+    want, lost, first = apply(params, x), [], []
+    options = {"rank": 2, "fit": jopt.scale_fits.least_error()}
+    for correction in (0.0, 1.0):
+        found, _ = jopt.svdquant(
+            apply,
+            params,
+            [x],
+            jopt.QuantSpec(jopt.formats.int2),
+            correction=correction,
+            **options,
+        )
+        y = apply(jopt.dequantize(found), x)
+        lost.append(float(jnp.sum((y - want) ** 2)))
+        first.append(found["a"])
+    assert lost[1] < lost[0]
+    same(*first)
+
+
+def test_convolutions():
+    """Kernels HWIO and OIHW with strides and dilation; grouped ones are listed."""
+
+    def conv(x, w, names, **options):
+        return jax.lax.conv_general_dilated(
+            x, w, padding="SAME", dimension_numbers=names, **options
+        )
+
+    def apply(params, x):
+        names = ("NHWC", "HWIO", "NHWC")
+        h = conv(x, params["k"], names, window_strides=(2, 1), rhs_dilation=(1, 2))
+        h = conv(h, params["deep"], names, window_strides=(1, 1), feature_group_count=8)
+        h = jnp.transpose(jax.nn.relu(h), (0, 3, 1, 2))
+        return conv(h, params["last"], ("NCHW", "OIHW", "NCHW"), window_strides=(1, 1))
+
+    shapes = {"k": (3, 3, 4, 8), "deep": (3, 3, 1, 8), "last": (6, 8, 3, 3)}
+    params = {name: normal(*shape) for name, shape in shapes.items()}
+    x = jnp.asarray(RNG.normal(size=(2, 6, 6, 4)), jnp.float32)
+    found, report = jopt.svdquant(apply, params, [x], INT4, rank=2)
+    assert "not whole axes" in report.left_alone["deep"]
+    assert found["k"].lora_a.shape == (3, 3, 4, 2)
+    assert found["last"].lora_b.shape == (6, 2, 1, 1)
+    want = apply(jopt.dequantize(found), x)
+    run = jax.jit(jopt.execute(apply))
+    np.testing.assert_allclose(run(found, x), want, atol=1e-4)
+    assert run.lower(found, x).as_text().count("stablehlo.convolution") == 5
+    y = jopt.execute(apply, activations=INT8)(found, x)
+    assert float(jnp.sum((y - want) ** 2) / jnp.sum(want**2)) < 5e-3
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_meshes(kind):
+    """As on one device, to the rounding of sums; factors lie on every device."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    is_stacked = kind == AxisType.Auto
+
+    def apply(params, x):
+        if not is_stacked:
+            return x @ params["w"]
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+    w = normal(16, 2, 16).swapaxes(0, 1) if is_stacked else normal(16, 16)
+    x = jnp.asarray(RNG.normal(size=(32, 16)), jnp.float32)
+    alone, plain = jopt.svdquant(apply, {"w": w}, [x], INT4, rank=2)
+    spec = P(None, None, "model") if is_stacked else P(None, "model")
+    params = {"w": jax.device_put(w, NamedSharding(mesh, spec))}
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        found, report = jopt.svdquant(apply, params, [x], INT4, rank=2)
+        y = jax.jit(jopt.execute(apply))(found, x)
+        want = apply(jopt.dequantize(found), x)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    for part in (found["w"].lora_a, found["w"].lora_b):
+        assert part.sharding == NamedSharding(mesh, P())
+    for row in report:  # a code at the edge may fall to the other side
+        np.testing.assert_allclose(row.error, plain[row.name].error, rtol=0.1)
+    low, other = (
+        np.matmul(*(np.asarray(f, np.float32) for f in (leaf.lora_a, leaf.lora_b)))
+        for leaf in (found["w"], alone["w"])
+    )
+    np.testing.assert_allclose(low, other, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_other_dtypes(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        params = {"w": jnp.asarray(RNG.normal(size=(16, 8)), dtype)}
+        x = jnp.asarray(RNG.normal(size=(24, 16)), dtype)
+        found, _ = jopt.svdquant(square, params, [x], INT4, rank=2)
+        assert found["w"].dtype == found["w"].to_array().dtype == dtype
+        y, want = jopt.execute(square)(found, x), square(jopt.dequantize(found), x)
+        assert y.dtype == dtype
+        # In halves the sum of two products is rounded where one was; both in float32.
+        least = 2.0**-6 if dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64), np.asarray(want, np.float64), atol=16 * least
+        )
 
 
 def test_what_cannot_be_split_is_listed():
