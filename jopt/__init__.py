@@ -9,7 +9,8 @@ What happens to parameters is an Optax gradient transformation around yours:
 and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
 
     one array     make_mask, Unstructured, NM, Block, Channel, pack_mask, unpack_mask,
-                  formats, QuantSpec, QuantizedArray, ClusteredArray, CompressedArray
+                  formats, QuantSpec, QuantizedArray, QuantizedPlusLowRank,
+                  ClusteredArray, CompressedArray
     many leaves   matching, report, save, restore, steps, read_metadata;
                   read_gguf, read_compressed_tensors, write_compressed_tensors
     an update     project, prune, ste, sr_ste, top_kast, ac_dc, rewind, proximal with
@@ -21,9 +22,9 @@ and the training loop stays `grad -> tx.update -> optax.apply_updates`. The map:
                   cluster, get_codebooks, set_codebooks
     a function    sites, rewrite with a Handler, record a Statistic, functional;
                   fake_quantize, calibrate with observers, execute;
-                  sparsegpt and wanda; gptq, awq, adaround, autoround
+                  sparsegpt and wanda; gptq, awq, svdquant, adaround, autoround
                   and rtn;
-                  equalize, smooth and correct_bias
+                  equalize, smooth, rotate and correct_bias
     generation    init_cache, KeyValueCache, sample_tokens
     a loss        distillation
 """
@@ -44,6 +45,9 @@ from jopt.arrays.patterns import Unstructured as Unstructured
 from jopt.arrays.patterns import make_mask as make_mask
 from jopt.arrays.quantized import QuantizedArray as QuantizedArray
 from jopt.arrays.quantized import dequantize as dequantize
+from jopt.arrays.quantized_plus_low_rank import (
+    QuantizedPlusLowRank as QuantizedPlusLowRank,
+)
 from jopt.arrays.specs import QuantSpec as QuantSpec
 from jopt.programs import statistics as statistics
 from jopt.programs.counts import count_bytes as count_bytes
@@ -82,6 +86,7 @@ from jopt.pruning import update_masks as update_masks
 from jopt.pruning import wanda as wanda
 from jopt.quantization import KeyValueCache as KeyValueCache
 from jopt.quantization import QuantizationReport as QuantizationReport
+from jopt.quantization import RotationReport as RotationReport
 from jopt.quantization import adaround as adaround
 from jopt.quantization import autoround as autoround
 from jopt.quantization import awq as awq
@@ -92,6 +97,7 @@ from jopt.quantization import correct_bias as correct_bias
 from jopt.quantization import dorefa as dorefa
 from jopt.quantization import equalize as equalize
 from jopt.quantization import execute as execute
+from jopt.quantization import execute_rotated as execute_rotated
 from jopt.quantization import fake_quantize as fake_quantize
 from jopt.quantization import fold_batch_norm as fold_batch_norm
 from jopt.quantization import freeze as freeze
@@ -105,10 +111,12 @@ from jopt.quantization import observers as observers
 from jopt.quantization import projections as projections
 from jopt.quantization import quantize as quantize
 from jopt.quantization import quantize_weights as quantize_weights
+from jopt.quantization import rotate as rotate
 from jopt.quantization import rtn as rtn
 from jopt.quantization import sample_tokens as sample_tokens
 from jopt.quantization import set_codebooks as set_codebooks
 from jopt.quantization import smooth as smooth
+from jopt.quantization import svdquant as svdquant
 from jopt.trees.calibration import Calibration as Calibration
 from jopt.trees.checkpoint import read_metadata as read_metadata
 from jopt.trees.checkpoint import restore as restore

@@ -216,7 +216,8 @@ def dequantize(tree: Any) -> Any:
     w = unpermute((level(codes) - zero_point) * scale * outer_scale) / input_scale
 
     Args:
-        tree: a `CompressedArray`, or any tree with some as leaves.
+        tree: a `QuantizedArray` or any other compressed array, or a tree with some as
+            leaves.
 
     Returns:
         The float array, or the tree with float arrays in place of compressed ones and

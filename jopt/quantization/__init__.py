@@ -6,15 +6,16 @@ the grid), `freezing` (which of them stay), `learned` (gradients of a clipped gr
 of its scale), `snapping` and `weights` (training on the grid), `dorefa`, `conversion`
 (float trees to quantized trees), `operands` (what is rounded at a site), `observers`
 and `calibration` (static ranges), `learned_ranges`, `arguments`, `backward` and `fake`
-(quantization-aware functions), `products`, `microscaled` and `execute` (codes times
-codes), `folding` (norms into weights), `factors` and `input_factors` (numbers per
-channel), `equalization` and `smoothing` (factors moved between leaves),
-`bias_correction`; `layer_scales`, `layer_solving`, `layer_report`, `layers` and
-`post_training` (quantization with calibration data), each method's matrix in a file of
-its name, such as `gptq`; `learned_rounding` and `rounding_methods` (rounding that is
-learned or fitted), `sampling` (data that models make up); `cache` (keys and values of
-attention, stored by `cache_storage`), `clusters` and `cluster_weights` (shared values).
-One array's formats and steps are in `jopt.arrays`.
+(quantization-aware functions), `products`, `microscaled`, `low_rank` and `execute`
+(codes times codes, and beside them thin matrices), `folding` (norms into weights),
+`factors` and `input_factors` (numbers per channel), `equalization` and `smoothing`
+(factors moved between leaves), `rotation_plan` and `rotation` (outliers spread over all
+channels), `bias_correction`; `layer_scales`, `layer_solving`, `layer_report`, `layers`
+and `post_training` (quantization with calibration data), each method's matrix in a file
+of its name, such as `gptq`; `svdquant`; `learned_rounding` and `rounding_methods`
+(rounding that is learned or fitted), `sampling` (data that models make up); `cache`
+(keys and values of attention, stored by `cache_storage`), `clusters` and
+`cluster_weights` (shared values). One array's formats and steps are in `jopt.arrays`.
 """
 
 from jopt.quantization.bias_correction import BiasReport as BiasReport
@@ -40,6 +41,9 @@ from jopt.quantization.layer_report import QuantizationReport as QuantizationRep
 from jopt.quantization.post_training import awq as awq
 from jopt.quantization.post_training import gptq as gptq
 from jopt.quantization.post_training import rtn as rtn
+from jopt.quantization.rotation import RotationReport as RotationReport
+from jopt.quantization.rotation import execute_rotated as execute_rotated
+from jopt.quantization.rotation import rotate as rotate
 from jopt.quantization.rounding_methods import adaround as adaround
 from jopt.quantization.rounding_methods import autoround as autoround
 from jopt.quantization.rounding_methods import hqq as hqq
@@ -49,4 +53,5 @@ from jopt.quantization.smoothing import SmoothingReport as SmoothingReport
 from jopt.quantization.smoothing import smooth as smooth
 from jopt.quantization.state import QuantizeState as QuantizeState
 from jopt.quantization.state import get_scales as get_scales
+from jopt.quantization.svdquant import svdquant as svdquant
 from jopt.quantization.weights import quantize_weights as quantize_weights

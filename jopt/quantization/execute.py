@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from jopt.arrays.quantized import QuantizedArray, quantize_array
+from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
 from jopt.arrays.ranges import scale_of
 from jopt.arrays.scales import Scale, compute_range, compute_scale, reduce_groups
 from jopt.arrays.specs import QuantSpec
 from jopt.programs import interpret, sites
 from jopt.programs.handlers import Handler, Use
 from jopt.quantization import microscaled, products
+from jopt.quantization.low_rank import multiply_low_rank
 from jopt.quantization.operands import (
     Activations,
     is_float,
@@ -101,8 +103,16 @@ def _compute(use: Use, specs: Pair | None) -> jax.Array:
     """Multiply codes if both operands have some, else rounded floats.
 
     What differs from call to call are arguments of both ways to compute, so that their
-    derivatives know of it.
+    derivatives know of it. Beside codes, the low rank of a weight meets the input as it
+    is.
     """
+    if isinstance(use.weight, QuantizedPlusLowRank):
+        thin = multiply_low_rank(use)
+        if thin is not None:
+            operands = list(use.operands)
+            operands[use.site.operand] = use.weight.residual
+            plain = _compute(dataclasses.replace(use, operands=tuple(operands)), specs)
+            return plain + thin.astype(plain.dtype)
     if specs is None:
         return use.run()
     given = use.operands, use.value

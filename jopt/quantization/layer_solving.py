@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.codes import compute_codes, compute_levels, scale_levels
 from jopt.arrays.gram_errors import squared_norms
+from jopt.arrays.quantized_plus_low_rank import multiply_factors
 from jopt.arrays.scale_fits import Fit, by_range
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
@@ -50,11 +51,14 @@ class Solved(NamedTuple):
             weights times `input_scale`.
         scale: fields [groups, outputs].
         input_scale: [inputs], that the weights were multiplied by; None for 1.
+        low_rank: factors [inputs, rank] and [rank, outputs], whose product is added to
+            the values in the end; None for none.
     """
 
     values: jax.Array
     scale: Scale
     input_scale: jax.Array | None = None
+    low_rank: tuple[jax.Array, jax.Array] | None = None
 
 
 class Method(NamedTuple):
@@ -75,6 +79,7 @@ class Method(NamedTuple):
         has_own_scales: whether it gives outputs other scales than rounding to nearest,
             so that they cannot share one.
         fit: the scales of a leaf, for rounding to nearest.
+        refuse: says why it cannot take a target, or None where it can.
     """
 
     name: str
@@ -85,6 +90,7 @@ class Method(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
     has_own_scales: bool = False
     fit: Fit = by_range
+    refuse: Callable[[Target], str | None] | None = None
 
 
 class Inputs(NamedTuple):
@@ -286,6 +292,9 @@ def _quantize_layer(
         new = compute_codes(values, scale, form)
         if by_input is not None:
             values = values / by_input[:, None]
+        factors = jax.tree.map(lambda x: jnp.where(is_left, 0, x), found.low_rank)
+        if factors is not None:
+            values = values + multiply_factors(*factors)
         kept = values.astype(w.dtype)
         lost = jnp.sum(jnp.square(wide - values))
         noise = jnp.stack([lost, jnp.sum(jnp.square(wide))])
@@ -301,7 +310,7 @@ def _quantize_layer(
                 squares[order],
                 in_parts=split is None,
             )
-        solved = Solved(jnp.zeros(()), scale, by_input)
+        solved = Solved(jnp.zeros(()), scale, by_input, factors)
         return kept, new, solved, is_solved | is_left, noise, errors
 
     kept, new, solved, is_solved, noise, errors = each(

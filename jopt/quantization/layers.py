@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jopt.arrays.quantized import QuantizedArray, from_codes
+from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
 from jopt.arrays.scale_fits import Fit
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
@@ -37,6 +38,7 @@ from jopt.quantization.layer_solving import (
     prepare,
     quantize_layer,
 )
+from jopt.quantization.low_rank import add_factors
 from jopt.quantization.specs import SpecOrRules, resolve_specs
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
@@ -114,11 +116,13 @@ class _Work:
         self.facts[i, layer] = facts
         self.solved[i, layer] = solved
 
-    def pack(self, at: int) -> QuantizedArray:
+    def pack(self, at: int) -> QuantizedArray | QuantizedPlusLowRank:
         """Put codes and scales of a leaf together."""
         leaf, input_scale = self.dense[at], None
         scale = jax.tree.map(on_every_device, self.static[at])
         spec = next(t.goal for t in self.targets if t.leaf == at)
+        factors: dict[int, tuple[jax.Array, jax.Array]] = {}
+        layout = None  # of the one target that a leaf with factors has, see `refuse`
         for i, target in enumerate(self.targets):
             found = {k: s for (j, k), s in self.solved.items() if j == i}
             if target.leaf != at or not found:
@@ -129,6 +133,12 @@ class _Work:
                 for layer, solved in found.items()
                 if solved.input_scale is not None
             }
+            layout = target.layout
+            factors = {
+                layer: solved.low_rank
+                for layer, solved in found.items()
+                if solved.low_rank is not None
+            }
             with automatic():
                 scale = _joined(scale, own, leaf.shape, target.layout, spec)
                 if by_input:
@@ -137,9 +147,12 @@ class _Work:
         scale, input_scale = jax.tree.map(
             lambda x: beside(x, leaf), (scale, input_scale)
         )
-        return from_codes(
+        packed = from_codes(
             self.codes[at], scale, spec, leaf.dtype, input_scale=input_scale
         )
+        if layout is None or not factors:
+            return packed
+        return add_factors(packed, factors, layout, like=leaf)
 
     def result(
         self, order: Sequence[tuple[int, int]]
@@ -208,6 +221,10 @@ def quantize_layers(
     if correction:
         require_pairs(analysis.table)
     targets, left = _targets(analysis.table, params, spec_or_rules, select)
+    if method.refuse is not None:
+        refused = {target.path: method.refuse(target) for target in targets}
+        left |= {path: why for path, why in refused.items() if why is not None}
+        targets = [target for target in targets if target.path not in left]
     require_targets(method.name, "quantize", targets, left)
     if method.has_own_scales or correction:
         for target in targets:

@@ -21,6 +21,7 @@ import rich.text
 
 from jopt.arrays import packing, quantized
 from jopt.arrays.clustered import ClusteredArray
+from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
 from jopt.trees import paths
 
 
@@ -191,6 +192,8 @@ def _dtype_name(leaf: Any) -> str:
     match leaf:
         case quantized.QuantizedArray():
             return leaf.spec.format.name
+        case QuantizedPlusLowRank():
+            return f"{leaf.residual.spec.format.name} + rank {leaf.rank}"
         case ClusteredArray():
             return f"{leaf.num_clusters} clusters of {leaf.vector_size}"
     return str(leaf.dtype)

@@ -20,7 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jopt.arrays import clustered, formats, quantized, ranges
+from jopt.arrays import (
+    clustered,
+    formats,
+    quantized,
+    quantized_plus_low_rank,
+    ranges,
+)
 from jopt.trees import calibration, paths, recording
 
 Node = Any  # JSON: None, bool, int, str or a dict as the module describes
@@ -33,6 +39,7 @@ TYPES: dict[str, type] = {
         quantized.QuantizedArray,
         clustered.ClusteredArray,
         quantized.QuantSpec,
+        quantized_plus_low_rank.QuantizedPlusLowRank,
         formats.Format,
         ranges.Range,
         calibration.Calibration,
