@@ -15,7 +15,8 @@ embeddings and the head, from windows of the training text:
     gptq_corrected  the same, and layers corrected for those before (QEP,
                     arXiv:2504.09629)
 
-Scales are bfloat16 and have zero points beside them.
+Scales are bfloat16 and have zero points beside them. Then the weights stay floats, and
+attention reads keys and values from caches of few bits, a scale per token and head.
 What is evaluated is what would ship: the packed params, executed on the held-out text;
 bits are those of codes, scales and zero points over the weights.
 
@@ -32,7 +33,7 @@ from typing import Any
 import jax
 
 import jopt
-from experiments import compress, plots, records
+from experiments import compress, generate, models, plots, records
 from experiments.benchmarks import measure
 from experiments.claims import one_shot
 
@@ -52,6 +53,7 @@ class Config(one_shot.Config):
     )  # fmt: skip
     bits: tuple[int, ...] = (8, 4, 3, 2)
     groups: tuple[int, ...] = (32, 128)
+    caches: tuple[str, ...] = ("int8", "fp8_e4m3", "int4")
 
 
 Quantizer = Callable[["one_shot.Job", jopt.QuantSpec], Any]
@@ -117,6 +119,11 @@ def record_of(out: Path, method: str, bits: int, group: int) -> Path:
     return out / "runs" / f"{method}_{bits}_{group}" / "result.json"
 
 
+def cache_record_of(out: Path, name: str) -> Path:
+    """Return where the result of a cache lies."""
+    return out / "runs" / f"cache_{name}" / "result.json"
+
+
 def run(job: one_shot.Job, method: str, bits: int, group: int) -> dict[str, Any]:
     """Quantize by one method and evaluate."""
     packed, start = job.params, time.perf_counter()
@@ -147,6 +154,32 @@ def run(job: one_shot.Job, method: str, bits: int, group: int) -> dict[str, Any]
     }
 
 
+def run_cache(job: one_shot.Job, name: str) -> dict[str, Any]:
+    """Evaluate with a cache of few bits, which holds a window when it is read.
+
+    Scales are those of a token and a head, so this is what one character after the
+    other would read.
+    """
+    size = models.ModelConfig("gpt", depth=job.config.depth, width=job.config.width)
+    specs = generate.CACHES[name]
+
+    def apply(params: Any, x: Any) -> Any:
+        return job.apply(params, x, generate.make_caches(size, x.shape, *specs))[0]
+
+    measured = compress.evaluate(compress.make_predict(apply), job.params, job.test)
+    cache, plain = (
+        generate.make_caches(size, (1, job.config.length), *pair)[0]
+        for pair in (specs, (None, None))
+    )
+    return {
+        "cache": name,
+        "loss": measured["loss"],
+        "bits_per_character": measured["bits_per_character"],
+        "bytes_over_float": cache.nbytes / plain.nbytes,
+        "hardware": measure.hardware(),
+    }
+
+
 def is_packed(leaf: Any) -> bool:
     """Tell quantized leaves."""
     return isinstance(leaf, jopt.QuantizedArray)
@@ -171,6 +204,16 @@ def make_table(results: list[dict[str, Any]]) -> str:
         rows.append([label, f"{stored:.2f}", *cells])
     labels = [METHODS[m][0] for m in methods]
     return records.markdown(["held-out nats", "bits/weight", *labels], rows)
+
+
+def make_cache_table(dense: float, caches: list[dict[str, Any]]) -> str:
+    """One line per cache."""
+    rows = [["float32", f"{dense:.4f}", "-", "1"]]
+    for r in caches:
+        over = f"{100 * (r['loss'] / dense - 1):+.2f} %"
+        bytes_ = f"{r['bytes_over_float']:.3f}"
+        rows.append([r["cache"], f"{r['loss']:.4f}", over, bytes_])
+    return records.markdown(["cache", "held-out nats", "over float", "bytes"], rows)
 
 
 def draw(results: list[dict[str, Any]]) -> Any:
@@ -214,7 +257,11 @@ def summarize(config: Config) -> str:
         raise ValueError(
             f"out must hold a finished dense model, got {str(config.out)!r}"
         )
+    files = [cache_record_of(config.out, name) for name in config.caches]
+    caches = [json.loads(file.read_text()) for file in files if file.exists()]
     table = make_table(results)
+    if caches:
+        table += "\n\n" + make_cache_table(results[0]["loss"], caches)
     loss = {(r["method"], r["bits"], r["group"]): r["loss"] for r in results}
     summary = {
         "claim": "post-training quantization side by side",
@@ -222,6 +269,7 @@ def summarize(config: Config) -> str:
         "settings": json.loads((config.out / "settings.json").read_text()),
         "seeds": 1,
         "results": results,
+        "caches": caches,
         "gptq_at_4_bits_over_float": {
             str(group): loss["gptq", 4, group] / results[0]["loss"] - 1
             for group in config.groups
@@ -242,7 +290,7 @@ def main(config: Config) -> None:
         settings = dataclasses.asdict(config)
         for key in ("out", "dense", "data_dir", "save_every", "summarize"):
             del settings[key]
-        for key in ("methods", "bits", "groups"):  # may grow
+        for key in ("methods", "bits", "groups", "caches"):  # may grow
             del settings[key]
         settings["data"] = config.data_dir and config.data_dir.name
         records.claim_folder(config.out, settings)
@@ -258,6 +306,11 @@ def main(config: Config) -> None:
                 result = run(job, *item)
                 records.write_json(record, result)
                 records.say(f"  {result['loss']:.4f} nats")
+        for name in config.caches:
+            record = cache_record_of(config.out, name)
+            if not record.exists():
+                records.say(f"a cache of {name}")
+                records.write_json(record, run_cache(job, name))
     print(summarize(config))
 
 

@@ -51,7 +51,10 @@ def test_post_training_takes_a_dense_model_and_adds_what_is_missing(
     go("out", bits=(8, 3), summarize=True)
     table = capsys.readouterr().out
     assert (tmp_path / "out" / "post_training.md").read_text() == table
-    assert table.count("\n|") == 4
+    assert table.count("\n|") == 4 + 6  # two tables
+    assert [r["cache"] for r in summary["caches"]] == ["int8", "fp8_e4m3", "int4"]
+    floats = results["dense", 32]["loss"]
+    assert summary["caches"][0]["loss"] == pytest.approx(floats, rel=1e-3)
     go("other", bits=(8,), methods=("rtn",), dense=tmp_path / "out")
     other = json.loads((tmp_path / "other" / "post_training.json").read_text())
     assert other["results"][0]["loss"] == results["dense", 32]["loss"]
