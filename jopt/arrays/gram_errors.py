@@ -21,6 +21,7 @@ def squared_norms(
     gram: jax.Array,
     squares: jax.Array,
     *,
+    units: tuple[jax.Array, jax.Array] | None = None,
     in_parts: bool = True,
 ) -> jax.Array:
     """Return ||X (W - W')||^2 and ||X W||^2, as tr(D^T G D).
@@ -33,6 +34,8 @@ def squared_norms(
         pruned: W', of that shape.
         gram: [columns, columns], read below the diagonal.
         squares: [columns], its diagonal.
+        units: powers of two in which weights and Gram matrix are taken; 1 when None.
+            The results are in units of the second and twice the first.
         in_parts: as for `sum_by_outputs`.
 
     Returns:
@@ -44,6 +47,7 @@ def squared_norms(
     """
     columns, outputs = weights.shape
     tiles = _Chunks(columns, _TILE)
+    unit, gram_unit = (jnp.float32(1), jnp.float32(1)) if units is None else units
 
     def of_outputs(start: jax.Array, is_new: jax.Array) -> jax.Array:
         size = (tiles.width, is_new.shape[0])
@@ -51,7 +55,7 @@ def squared_norms(
         def both(row: jax.Array) -> list[jax.Array]:
             """W - W' and W, rows from one on."""
             w, less = (
-                lax.dynamic_slice(x, (row, start), size).astype(jnp.float32)
+                lax.dynamic_slice(x, (row, start), size).astype(jnp.float32) / unit
                 for x in (weights, pruned)
             )
             return [jnp.where(is_new[None, :], d, 0.0) for d in (w - less, w)]
@@ -64,7 +68,8 @@ def squared_norms(
                 column, is_new_column = tiles.at(k)
                 tile = lax.dynamic_slice(gram, (row, column), (tiles.width,) * 2)
                 is_below = rows[:, None] > column + jnp.arange(tiles.width)[None, :]
-                tile = jnp.where(is_below & is_new_column[None, :], tile, 0.0)
+                is_read = is_below & is_new_column[None, :]
+                tile = jnp.where(is_read, tile / gram_unit, 0.0)
                 return [
                     total + jnp.matmul(tile, d, precision=lax.Precision.HIGHEST)
                     for total, d in zip(totals, both(column), strict=True)
@@ -73,6 +78,7 @@ def squared_norms(
             mine = both(row)
             totals = lax.fori_loop(0, i + 1, add, [jnp.zeros_like(d) for d in mine])
             own = lax.dynamic_slice_in_dim(squares, row, tiles.width)[:, None]
+            own = own / gram_unit
             terms = [
                 jnp.where(is_new_row[:, None], d * (own * d + 2 * total), 0.0).sum()
                 for d, total in zip(mine, totals, strict=True)

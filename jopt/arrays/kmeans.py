@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jopt.arrays.units import unit_of
+
 # (points [n, d], importance [n, d], num_clusters, key) -> centroids [num_clusters, d]
 StartFunction = Callable[[jax.Array, jax.Array, int, jax.Array | None], jax.Array]
 Start = Literal["linear", "density", "k-means++"] | StartFunction
@@ -52,8 +54,10 @@ def nearest_centroids(
     Array([0, 1], dtype=int32)
     """
     x, h = _prepared(points, importance)
-    chunks, count = _chunks(x, h, len(centroids))
-    centroids = centroids.astype(jnp.float32)
+    # Squares of differences are to be numbers, whatever the magnitude.
+    unit = jnp.maximum(unit_of(x), unit_of(centroids))
+    chunks, count = _chunks(x / unit, h, len(centroids))
+    centroids = centroids.astype(jnp.float32) / unit
     codes = lax.map(lambda chunk: _assign(chunk[0], chunk[1], centroids), chunks)
     return codes.reshape(-1)[:count]
 
@@ -83,7 +87,8 @@ def kmeans(
     Array([0.5, 8. ], dtype=float32)
     """
     x, h = _prepared(points, importance)
-    chunks, _ = _chunks(x, h, len(centroids))
+    unit = jnp.maximum(unit_of(x), unit_of(centroids))
+    chunks, _ = _chunks(x / unit, h, len(centroids))
 
     def moves(sums: Any, chunk: Any) -> tuple[Any, None]:
         x, h = chunk
@@ -106,8 +111,8 @@ def kmeans(
     def goes_on(carry: Any) -> jax.Array:
         return carry[1] & (carry[0] < iterations)
 
-    start = centroids.astype(jnp.float32)
-    return lax.while_loop(goes_on, step, (0, jnp.asarray(True), start))[2]
+    start = centroids.astype(jnp.float32) / unit
+    return unit * lax.while_loop(goes_on, step, (0, jnp.asarray(True), start))[2]
 
 
 @functools.partial(jax.jit, static_argnames=("num_clusters", "start"), inline=True)
@@ -155,7 +160,8 @@ def start_centroids(
                 'start="k-means++" draws points and must have a key, got None: pass '
                 "key=jax.random.key(0)"
             )
-        return _plus_plus(x, h, num_clusters, key)
+        unit = unit_of(x)
+        return unit * _plus_plus(x / unit, h, num_clusters, key)
     if x.shape[1] != 1:
         raise ValueError(
             f"start must be k-means++ or a function for vectors, got {start!r} for "
@@ -198,8 +204,8 @@ def _prepared(
     points: jax.Array, importance: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     x = points.astype(jnp.float32)
-    h = jnp.ones((1, 1)) if importance is None else importance
-    return x, jnp.broadcast_to(h.astype(jnp.float32), x.shape)
+    h = jnp.ones((1, 1)) if importance is None else importance.astype(jnp.float32)
+    return x, jnp.broadcast_to(h / unit_of(h), x.shape)
 
 
 def _chunks(x: jax.Array, h: jax.Array, num_clusters: int) -> tuple[Any, int]:

@@ -69,8 +69,11 @@ def stochastic(x: jax.Array, key: jax.Array | None = None) -> jax.Array:
             "key=jax.random.key(seed)"
         )
     below = jnp.floor(x)
+    # In few bits the share would be rounded, and uniform numbers be few.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    share = x.astype(wide) - below.astype(wide)
     # Compared, not added: floor(x + uniform) would move 127 for the largest uniforms.
-    up = jax.random.uniform(key, x.shape, x.dtype) < x - below
+    up = jax.random.uniform(key, x.shape, wide) < share
     return below + up.astype(x.dtype)
 
 

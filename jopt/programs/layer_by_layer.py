@@ -167,7 +167,8 @@ def settle(
     name = target.layer_name(layer)
     if not outcome.is_finite:
         raise ValueError(
-            f"inputs of every site must be finite, got NaN or infinity at {name!r};"
+            "inputs of every site must be finite, got NaN or infinity at "
+            f"{name!r}, or numbers whose squares are infinite in float32;"
             f" look at the batches, or leave {target.path!r} out with select"
         )
     if not outcome.is_met:

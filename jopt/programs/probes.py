@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt.arrays.axes import named_sharding
+from jopt.arrays.units import unit_of
 from jopt.programs.handlers import Use, to_array
 from jopt.programs.weights import parts, shared_batch, weight_matrix
 
@@ -68,6 +69,8 @@ def is_met(seen: jax.Array, matrices: jax.Array) -> jax.Array:
         probe(matrices.shape[-1]),
         precision="highest",
     )
+    # Up to a factor: squares of numbers of any magnitude are to be numbers too.
+    expected, seen = expected / unit_of(expected), seen / unit_of(seen)
     # Batch entries that nothing reached are not seen, and not pruned either.
     ran = jnp.any(seen != 0, axis=-1, keepdims=True)
     expected = jnp.where(ran, expected, 0.0)

@@ -28,7 +28,7 @@ from jopt.pruning.solving import Facts, Inputs, Method, prepare, prune_layer
 Budget = tuple[Allocation, float] | None
 Result = tuple[Any, Any, OneShotReport]
 
-_NOT_REACHED = "no input but zeros reached it"
+_NOT_REACHED = "no input but zeros reached it, or numbers whose squares are zero"
 
 
 class _Work:

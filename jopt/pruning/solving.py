@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jopt.arrays.gram_errors import squared_norms, sum_by_outputs
+from jopt.arrays.units import unit_of
 from jopt.programs.layouts import Layout
 from jopt.programs.passes import Moments
 from jopt.programs.probes import is_met
@@ -220,6 +221,7 @@ def _prune_layer(
     squares = inputs.squares
     is_finite = jnp.isfinite(squares).all()
     met = is_met(seen, weights)
+    units = unit_of(weights), unit_of(squares)
 
     def one(w: jax.Array, m: jax.Array | None, squares: jax.Array) -> Any:
         wide = w.astype(jnp.float32)
@@ -233,7 +235,9 @@ def _prune_layer(
         kept = jnp.where(mask, kept, jnp.zeros_like(kept))
         errors = jnp.full(2, jnp.nan, jnp.float32)
         if m is not None and with_errors:
-            errors = squared_norms(w, kept, m, squares, in_parts=split is None)
+            errors = squared_norms(
+                w, kept, m, squares, units=units, in_parts=split is None
+            )
 
         def count(start: jax.Array, is_new: jax.Array) -> jax.Array:
             width = is_new.shape[0]

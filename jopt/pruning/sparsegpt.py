@@ -23,6 +23,7 @@ from jax import lax
 from jopt.arrays import patterns, selection
 from jopt.arrays.factors import inverse_factor
 from jopt.arrays.sweeps import sweep
+from jopt.arrays.units import unit_of
 from jopt.pruning.arguments import check_strength
 from jopt.pruning.wanda import along_inputs, num_kept
 from jopt.updates.project import require_count
@@ -177,7 +178,7 @@ def _prune(
     size, num_outputs = weights.shape
 
     def plan(rows: jax.Array, diagonal: jax.Array, start: jax.Array) -> jax.Array:
-        scores = jnp.square(rows / diagonal[:, None])
+        scores = jnp.square(rows / diagonal[:, None] / unit_of(rows))
         if kept is None:
             return patterns.make_mask(scores, pattern=along_inputs(pattern))
         is_real = start + jnp.arange(unit) < size

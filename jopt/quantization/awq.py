@@ -23,6 +23,7 @@ from jax import lax
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.arrays.specs import QuantSpec
+from jopt.arrays.units import unit_of
 from jopt.quantization.layer_solving import Solved
 
 _QUIETEST = 1e-4  # of the loudest input: what is silent must not lose all its weights
@@ -158,8 +159,11 @@ def _rounded(
 def _losses(
     weights: jax.Array, values: jax.Array, by_input: jax.Array, gram: jax.Array
 ) -> jax.Array:
-    """Return what each output loses, [outputs]; or each of each group, with groups."""
-    lost = weights - values / by_input[:, None]
+    """Return what each output loses, [outputs]; or each of each group, with groups.
+
+    In the unit of the weights, whose squares are numbers there.
+    """
+    lost = (weights - values / by_input[:, None]) / unit_of(weights)
     if gram.ndim == 3:
         lost = lost.reshape(*gram.shape[:2], -1)
     seen = jnp.matmul(gram, lost, precision=lax.Precision.HIGHEST)

@@ -24,6 +24,7 @@ from jopt.arrays.quantized_plus_low_rank import multiply_factors
 from jopt.arrays.scale_fits import Fit, by_range
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
+from jopt.arrays.units import unit_of
 from jopt.programs.layouts import Layout
 from jopt.programs.passes import Moments
 from jopt.programs.probes import is_met
@@ -117,9 +118,10 @@ class Facts(NamedTuple):
         is_met: whether the matrices are what the inputs met.
         is_solved: whether the result is finite.
         reached: `[batch]`, whether other inputs than zeros came.
-        noise: `[2]`, squared norms of what was lost of the weights, and of all.
-        errors: `[2]`, of what was lost of the results, and of all of them; NaN where
-            they were not asked for, or no Gram matrix was kept.
+        noise: `[2]`, squared norms of what was lost of the weights, and of all, in some
+            unit.
+        errors: `[2]`, of what was lost of the results, and of all of them, in some
+            unit; NaN where they were not asked for, or no Gram matrix was kept.
     """
 
     is_finite: Any
@@ -263,6 +265,7 @@ def _quantize_layer(
     rounded = layer_scale(static, leaf.shape, layout, spec, layer)
     form = matrix_spec(spec)
     options = dict(method.options)
+    unit, gram_unit = unit_of(weights), unit_of(inputs.squares)
 
     def one(
         w: jax.Array,
@@ -296,8 +299,8 @@ def _quantize_layer(
         if factors is not None:
             values = values + multiply_factors(*factors)
         kept = values.astype(w.dtype)
-        lost = jnp.sum(jnp.square(wide - values))
-        noise = jnp.stack([lost, jnp.sum(jnp.square(wide))])
+        lost = jnp.sum(jnp.square((wide - values) / unit))
+        noise = jnp.stack([lost, jnp.sum(jnp.square(wide / unit))])
         errors = jnp.full(2, jnp.nan, jnp.float32)
         if prepared is not None and with_errors:
             order: Any = slice(None)
@@ -308,6 +311,7 @@ def _quantize_layer(
                 values[order],
                 prepared,
                 squares[order],
+                units=(unit, gram_unit),
                 in_parts=split is None,
             )
         solved = Solved(jnp.zeros(()), scale, by_input, factors)

@@ -43,7 +43,10 @@ from jopt.quantization.specs import SpecOrRules, resolve_specs
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
 
-_NOT_REACHED = "rounded to nearest, no input but zeros reached it"
+_NOT_REACHED = (
+    "rounded to nearest, no input but zeros reached it, or numbers whose squares are "
+    "zero in float32"
+)
 
 
 class _Work:

@@ -221,3 +221,18 @@ def test_what_is_not_finite_spoils_its_codebook_alone():
     w = jnp.ones((2, 4)).at[1, 2].set(jnp.nan)
     book = clustered.find_codebook(w, 2, num_blocks=2)
     assert jnp.isfinite(book[0]).all() and jnp.isnan(book[1]).all()
+
+
+@pytest.mark.parametrize("start", ["density", "linear", "k-means++"])
+@pytest.mark.parametrize("power", [-100, 70, 120])
+def test_magnitudes_do_not_matter(start, power):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
+    factor = 2.0**power
+    options = {"start": start, "key": jax.random.key(0)}
+    books = [clustered.find_codebook(x, 5, **options) for x in (w, w * factor)]
+    np.testing.assert_array_equal(books[1], books[0] * factor)
+    codes = [
+        clustered.assign_codes(*pair).codes
+        for pair in zip((w, w * factor), books, strict=True)
+    ]
+    np.testing.assert_array_equal(*codes)

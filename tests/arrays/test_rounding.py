@@ -135,3 +135,15 @@ def test_a_rule_of_ones_own_serves_every_kind_of_grid(format):
     x = x[np.abs(x) > 1e-4]  # in a table, a gap is seen with the precision of float32
     below = levels[np.searchsorted(levels, x, side="right") - 1]
     np.testing.assert_array_equal(to_grid(x, format, rounding=downwards), below)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_chance_is_fair_in_few_bits(dtype):
+    x = jnp.array([1 / 1024, 1 / 256, 0.1, -0.3, 5.25], dtype)
+    count = 40_000
+    keys = jax.random.split(jax.random.key(0), count)
+    drawn = np.asarray(jax.vmap(lambda key: stochastic(x, key))(keys), np.float64)
+    wide = np.asarray(x, np.float64)
+    share = wide - np.floor(wide)
+    deviation = np.sqrt(share * (1 - share) / count)
+    assert (np.abs(drawn.mean(0) - wide) < 5 * deviation).all()
