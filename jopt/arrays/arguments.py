@@ -4,6 +4,7 @@ Numbers that are traced pass: they may be right, and are only known later.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -66,6 +67,15 @@ def check_strength(name: str, value: Any, example: str) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(
             f"{name} must be at least 0 and finite, got {value}; {example}"
+        )
+
+
+def check_path(path: Any) -> None:
+    """Raise for what names no file or directory."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path must be a str or a pathlib.Path, got {path!r}; for example "
+            "'runs/1' or 'model.safetensors'"
         )
 
 
