@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jopt.arrays.arguments import check_function, require_count
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.scales import (
     Scale,
@@ -43,6 +44,13 @@ from jopt.arrays.specs import QuantSpec
 __all__ = ["Fit", "by_range", "half_quadratic", "least_error"]
 
 Fit = Callable[[jax.Array, QuantSpec], Scale]
+
+
+def check_fit(fit: Any) -> None:
+    """Raise for what cannot fit scales."""
+    check_function(
+        "fit", fit, "(w, spec) -> scale", "for example jopt.scale_fits.least_error()"
+    )
 
 
 def by_range(w: jax.Array, spec: QuantSpec) -> Scale:
@@ -90,14 +98,7 @@ def least_error(
     """
     if not norm > 0:
         raise ValueError(f"norm must be above 0, got {norm}; 2 is the squared error")
-    if (
-        isinstance(num_shares, bool)
-        or not isinstance(num_shares, int)
-        or num_shares < 1
-    ):
-        raise ValueError(
-            f"num_shares must be an integer of at least 1, got {num_shares}"
-        )
+    require_count("num_shares", num_shares, least=1)
     if not 0 < smallest <= 1:
         raise ValueError(f"smallest must be in (0, 1], got {smallest}")
 
@@ -169,8 +170,7 @@ def half_quadratic(
     """
     if not 0 < norm <= 1:
         raise ValueError(f"norm must be in (0, 1], got {norm}; 0.7 is usual")
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps}")
+    require_count("num_steps", num_steps, least=1)
     if not (beta > 0 and kappa > 0):
         raise ValueError(
             f"beta and kappa must be above 0, got beta={beta}, kappa={kappa}"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jopt.arrays.arguments import check_flags
 from jopt.arrays.formats import Format
 
 
@@ -45,8 +46,8 @@ class QuantSpec:
         scale_dtype: bfloat16 or float32; microscaling formats bring their own.
 
     Raises:
-        TypeError: the format is none, or an axis is no integer.
-        ValueError: the fields do not fit the format.
+        TypeError: the format is none, an axis is no integer, or a flag is no bool.
+        ValueError: the fields do not fit the format, or an axis is named twice.
 
     >>> from jopt.arrays import formats
     >>> QuantSpec(formats.int4, group_size=32)
@@ -69,6 +70,9 @@ class QuantSpec:
                 f"format must be one of jopt.formats, got {self.format!r}: write "
                 "jopt.formats.int8, for example"
             )
+        check_flags(symmetric=self.symmetric, narrow_range=self.narrow_range)
+        object.__setattr__(self, "symmetric", bool(self.symmetric))
+        object.__setattr__(self, "narrow_range", bool(self.narrow_range))
         object.__setattr__(self, "axis", _as_axes(self.axis))
         object.__setattr__(self, "scale_dtype", _scale_dtype(self))
         object.__setattr__(self, "group_size", _group_size(self))
@@ -106,6 +110,10 @@ def _as_axes(axis: Any) -> int | tuple[int, ...] | None:
         raise TypeError(
             f"axis must be an int, a tuple of ints or None, got {axis!r}: () is one "
             "scale per array"
+        )
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axis must name each axis once, got {axis!r}: leave out what is twice"
         )
     return tuple(int(a) for a in axes) if is_several else int(axis)
 
@@ -166,10 +174,6 @@ def _check_symmetry(spec: QuantSpec) -> None:
 
 
 def _check_narrow_range(spec: QuantSpec) -> None:
-    if not isinstance(spec.narrow_range, bool):
-        raise TypeError(
-            f"narrow_range must be True or False, got {spec.narrow_range!r}"
-        )
     if not spec.narrow_range and not (spec.format.kind == "integer" and spec.symmetric):
         kind = "symmetric" if spec.symmetric else "asymmetric"
         raise ValueError(

@@ -10,12 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jopt.arrays.arguments import check_flags as check_flags
+from jopt.arrays.arguments import check_function
 from jopt.programs import flags, sites
 from jopt.programs.record import inputs_of, require_batches
 from jopt.programs.sites import Analysis
 from jopt.programs.targets import Target
+
+
+def check_apply(apply: Any) -> None:
+    """Raise for what is no function of params."""
+    check_function(
+        "apply",
+        apply,
+        "(params, *inputs) -> outputs",
+        "jopt.functional makes one of a module",
+    )
 
 
 class Passes:
@@ -61,10 +72,7 @@ def begin(
         TypeError: `apply` is no function, `batches` are none, or anything is traced.
         ValueError: there is no batch.
     """
-    if not callable(apply):
-        raise TypeError(
-            f"apply must be a function (params, *inputs) -> outputs, got {apply!r}"
-        )
+    check_apply(apply)
     require_batches(batches)
     passes = Passes(batches)
     first = next(iter(passes))
@@ -98,10 +106,3 @@ def require_targets(
             f"{name} must have something to {verb}, got no leaf that it can "
             f"({listed or 'none is selected'}); choose others with select"
         )
-
-
-def check_flags(**given: Any) -> None:
-    """Raise for what is neither True nor False: a string is true whatever it says."""
-    for name, value in given.items():
-        if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -4,18 +4,13 @@ Numbers that are traced pass: they may be right, and are only known later.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jopt.arrays import patterns
+from jopt.arrays.arguments import check_key, require_count
 from jopt.pruning.allocation.units import uniform
 from jopt.pruning.scores.score import Score, takes_two
-from jopt.updates.project import require_count
 
 
 def check_steps(every_steps: Any, begin_step: Any, end_step: Any) -> None:
@@ -60,19 +55,6 @@ def check_uniform(allocation: Any, pattern: Any) -> None:
         )
 
 
-def check_key(key: Any) -> None:
-    """Raise for what is no single PRNG key; None passes."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_raw = dtype == jnp.uint32 and len(shape) == 1
-    if key is None or (is_typed and shape == ()) or is_raw:
-        return
-    got = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
-    raise TypeError(
-        f"key must be one PRNG key, got {got}; for example key=jax.random.key(0)"
-    )
-
-
 def check_key_of(score: Score, key: Any) -> None:
     """Raise as `check_key`, and for no key where scores are random."""
     check_key(key)
@@ -80,24 +62,4 @@ def check_key_of(score: Score, key: Any) -> None:
         raise ValueError(
             "key must be given for random scores, got None; "
             "for example key=jax.random.key(0)"
-        )
-
-
-def check_number(name: str, value: Any, example: str) -> None:
-    """Raise for what is no number."""
-    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
-    dtype = value.dtype if is_array else type(value)
-    is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
-    if not is_number or np.ndim(value):
-        raise TypeError(f"{name} must be a number, got {value!r}; {example}")
-
-
-def check_strength(name: str, value: Any, example: str) -> None:
-    """Raise for a weight of a penalty that is negative, or no number."""
-    check_number(name, value, example)
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(
-            f"{name} must be at least 0 and finite, got {value}; {example}"
         )

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import patterns
+from jopt.arrays.arguments import check_number
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks, regrowth
 from jopt.pruning import scores as criteria
-from jopt.pruning.arguments import check_allocation, check_number, check_steps
+from jopt.pruning.arguments import check_allocation, check_steps
 from jopt.pruning.leaves import Choice, FixedSparsities, Patterns, make_choice
 from jopt.pruning.wrapper import Method, due, masked
 from jopt.trees import rules

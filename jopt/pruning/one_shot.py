@@ -15,8 +15,9 @@ Simple and Effective Pruning Approach for Large Language Models, arXiv:2306.1169
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jopt.arrays.arguments import check_flags
 from jopt.arrays.patterns import Pattern, Unstructured
-from jopt.programs.batches import begin, check_flags, require_targets
+from jopt.programs.batches import begin, require_targets
 from jopt.programs.targets import find_targets
 from jopt.pruning.allocation import Allocation
 from jopt.pruning.arguments import check_allocation

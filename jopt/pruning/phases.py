@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import patterns
+from jopt.arrays.arguments import require_count
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
@@ -31,7 +32,6 @@ from jopt.pruning.arguments import (
 from jopt.pruning.leaves import Leaf, Patterns, Sparsities, make_choice
 from jopt.pruning.wrapper import Masks, Method, masked, placed_as
 from jopt.trees import rules
-from jopt.updates.project import require_count
 
 
 def ac_dc(

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt.arrays import patterns
-from jopt.pruning.arguments import check_strength
+from jopt.arrays.arguments import check_strength
 from jopt.pruning.scores.score import as_float32
 
 Strength = float | jax.Array | Callable[[Any], Any]

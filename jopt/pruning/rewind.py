@@ -16,15 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import axes
+from jopt.arrays.arguments import require_count
 from jopt.pruning.state import PruneState, get_masks
 from jopt.pruning.wrapper import map_masked, mask_step
 from jopt.updates import states
-from jopt.updates.project import (
-    ProjectState,
-    require_count,
-    require_params,
-    require_transformation,
-)
+from jopt.updates.project import ProjectState, require_params, require_transformation
 
 
 class RewindState(NamedTuple):

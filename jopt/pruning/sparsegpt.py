@@ -21,12 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jopt.arrays import patterns, selection
+from jopt.arrays.arguments import check_strength, require_count
 from jopt.arrays.factors import inverse_factor
 from jopt.arrays.sweeps import sweep
 from jopt.arrays.units import unit_of
-from jopt.pruning.arguments import check_strength
 from jopt.pruning.wanda import along_inputs, num_kept
-from jopt.updates.project import require_count
 
 
 def sparsegpt_matrix(

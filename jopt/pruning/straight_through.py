@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import packing, patterns
+from jopt.arrays.arguments import check_strength
 from jopt.pruning import allocation as allocations
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
@@ -26,7 +27,6 @@ from jopt.pruning.arguments import (
     check_allocation,
     check_key_of,
     check_steps,
-    check_strength,
     check_uniform,
 )
 from jopt.pruning.leaves import Choice, Patterns, Sparsities, make_choice

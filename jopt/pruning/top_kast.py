@@ -17,16 +17,12 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import packing, patterns
+from jopt.arrays.arguments import check_strength
 from jopt.pruning import allocation as allocations
 from jopt.pruning import leaves as chosen_leaves
 from jopt.pruning import masks
 from jopt.pruning import scores as criteria
-from jopt.pruning.arguments import (
-    check_allocation,
-    check_steps,
-    check_strength,
-    check_uniform,
-)
+from jopt.pruning.arguments import check_allocation, check_steps, check_uniform
 from jopt.pruning.leaves import Choice, Leaf, Patterns, Plan, Sparsities, make_choice
 from jopt.pruning.state import PruneState
 from jopt.pruning.straight_through import latents, masked_value, unused

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays import packing, patterns
+from jopt.arrays.arguments import require_count
 from jopt.pruning import allocation as allocations
 from jopt.pruning import leaves as chosen_leaves
 from jopt.pruning import masks
@@ -20,7 +21,7 @@ from jopt.pruning.arguments import check_allocation, check_key_of
 from jopt.pruning.leaves import FixedSparsities, Patterns, known_sparsity, make_choice
 from jopt.pruning.state import PruneState
 from jopt.trees import rules
-from jopt.updates.project import require_count, require_floats
+from jopt.updates.project import require_floats
 from jopt.updates.states import is_masked_node
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 from jopt.arrays import packing
+from jopt.arrays.arguments import check_key
 from jopt.pruning import host, masks
 from jopt.pruning import leaves as chosen_leaves
-from jopt.pruning.arguments import check_key
 from jopt.pruning.leaves import Choice, Leaf
 from jopt.pruning.scores import Score
 from jopt.pruning.state import PruneState

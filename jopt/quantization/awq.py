@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jopt.arrays.arguments import check_flags, require_count
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.arrays.specs import QuantSpec
@@ -56,6 +57,7 @@ def awq_matrix(
         what they stand for, never worse than rounding to nearest.
 
     Raises:
+        TypeError: `clip` is no bool.
         ValueError: shapes do not fit, or a number is out of range.
 
     >>> from jopt.arrays import formats
@@ -85,11 +87,11 @@ def check(*, num_alphas: int, clip: bool) -> None:
     """Raise for options that are wrong whatever the weights.
 
     Raises:
+        TypeError: `clip` is no bool.
         ValueError: a number is out of range.
     """
-    del clip
-    if num_alphas < 1:
-        raise ValueError(f"num_alphas must be at least 1, got {num_alphas}")
+    check_flags(clip=clip)
+    require_count("num_alphas", num_alphas, least=1)
 
 
 def scale_and_round(

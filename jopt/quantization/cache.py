@@ -22,12 +22,14 @@ all to the rounding of float32. `KeyValueCache.error_bounds` returns the e.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jopt.arrays.arguments import check_flags
 from jopt.arrays.quantized import QuantizedArray, dequantize
 from jopt.arrays.scales import Scale, effective_scale, spread_groups
 from jopt.arrays.specs import QuantSpec
@@ -101,9 +103,10 @@ class KeyValueCache:
         Args:
             keys: floats `[..., n, heads, features]`, leading axes those of the cache.
             values: as `keys`.
-            num_tokens: int `[...]`, from 0 to n: how many of the n tokens of a row are
-                to be stored, the first ones (prompts padded on the right, rows that
-                are done); all when None.
+            num_tokens: int `[...]`, or one for all rows, from 0 to n: how many of the n
+                tokens of a row are to be stored, the first ones (prompts padded on the
+                right, rows that are done); all when None. Under `jit`, where they are
+                not known, numbers below 0 count as 0 and those above n as n.
 
         Returns:
             The cache with the tokens. Where the length is known, one that does not fit
@@ -111,13 +114,16 @@ class KeyValueCache:
             room for reads NaN throughout (never with `window`).
 
         Raises:
-            ValueError: the shapes do not fit, or the capacity is known to be exceeded.
+            TypeError: `num_tokens` are no integers.
+            ValueError: the shapes do not fit, or numbers are known to be out of range
+                or to exceed the capacity.
         """
         keys, values = jnp.asarray(keys), jnp.asarray(values)
         num_new = _check_tokens(self, keys, values)
         count = jnp.full(self.length.shape, num_new, jnp.int32)
         if num_tokens is not None:
-            count = jnp.clip(jnp.asarray(num_tokens, jnp.int32), 0, count)
+            given = _checked_counts(num_tokens, self.length.shape, num_new)
+            count = jnp.clip(given, 0, count)
         length = self.length + count
         _check_room(self, length)
         stored_keys, key_residual = append(
@@ -261,7 +267,8 @@ def init_cache(
         besides.
 
     Raises:
-        TypeError: `spec` is no `jopt.QuantSpec`.
+        TypeError: `shape` has sizes that are no integers, `spec` is no
+            `jopt.QuantSpec`, `dtype` no float dtype, or `window` no bool.
         ValueError: `shape` has fewer than three axes, or the spec does not fit: scales
             that tokens share without `group_size`, groups that do not divide, formats
             with mean scales (ternary, binary), whose errors have no bound.
@@ -282,11 +289,13 @@ def init_cache(
     >>> cache
     KeyValueCache([1, 16, 2, 64], QuantSpec(int8, axis=(-4, -3, -2)), 4,228 bytes)
     """
-    shape = tuple(int(size) for size in shape)
-    if len(shape) < 3 or min(shape) < 1:
-        raise ValueError(
-            "shape must be (..., capacity, heads, features) of positive sizes, got "
-            f"{shape}: (batch, capacity, heads, features) is usual"
+    shape = _checked_shape(shape)
+    check_flags(window=window)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be a float dtype, that the cache reads, got {dtype!r}: how "
+            "tokens are stored is said by spec, such as jopt.QuantSpec"
+            "(jopt.formats.int8)"
         )
     keys, key_residual = empty(shape, spec, dtype, "keys")
     values, value_residual = empty(
@@ -296,6 +305,45 @@ def init_cache(
     return KeyValueCache(
         keys, values, length, key_residual, value_residual, window=window
     )
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
+    if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
+        raise TypeError(
+            "shape must be (..., capacity, heads, features) of integers, got "
+            f"{shape!r}: (batch, capacity, heads, features) is usual"
+        )
+    if len(sizes) < 3 or min(sizes) < 1:
+        raise ValueError(
+            "shape must be (..., capacity, heads, features) of positive sizes, got "
+            f"{shape}: (batch, capacity, heads, features) is usual"
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def _checked_counts(given: Any, rows: tuple[int, ...], num_new: int) -> jax.Array:
+    """Return numbers of tokens as int32, or raise; traced ones may be out of range."""
+    if not isinstance(given, jax.Array):
+        given = np.asarray(given)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise TypeError(
+            f"num_tokens must be integers, got {given.dtype}{list(given.shape)}: how "
+            "many of the tokens of each row are to be stored"
+        )
+    if given.shape not in ((), rows):
+        raise ValueError(
+            f"num_tokens must have the shape {rows} of the rows, got {given.shape}: "
+            "one number for each, or one for all"
+        )
+    if not isinstance(given, jax.core.Tracer):
+        known = np.asarray(given)
+        if np.any((known < 0) | (known > num_new)):
+            raise ValueError(
+                f"num_tokens must be from 0 to the {num_new} tokens of keys, got "
+                f"{known.tolist()}: 0 stores nothing of a row"
+            )
+    return jnp.asarray(given, jnp.int32)
 
 
 def _check_tokens(cache: KeyValueCache, keys: jax.Array, values: jax.Array) -> int:

@@ -78,11 +78,18 @@ def _cache_spec(spec: QuantSpec, shape: tuple[int, ...], name: str) -> QuantSpec
             f"the {name}, whose mean scales clip without a bound: use int2, or fp4_e2m1"
         )
     ndim = len(shape)
+    per_group = group_axis(ndim, _with_leading_axes(spec, ndim)) == TOKENS
+    size = spec.group_size if per_group and spec.group_size else 1
+    if shape[TOKENS] % size:
+        raise ValueError(
+            f"shape must have a capacity in whole groups where tokens share scales, "
+            f"got {shape[TOKENS]} tokens and {spec} for the {name}: use a capacity of "
+            f"{-(-shape[TOKENS] // size) * size}, or a group_size that divides it"
+        )
     if spec.axis is not None:
         check_spec(shape, spec, path=name)
     spec = _with_leading_axes(spec, ndim)
     scales = scale_shape(shape, spec, path=name)
-    per_group = group_axis(ndim, spec) == TOKENS
     if scales[TOKENS] == 1 < shape[TOKENS] and (
         not per_group or spec.group_size is None
     ):

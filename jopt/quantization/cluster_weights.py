@@ -15,6 +15,7 @@ import jax
 import optax
 
 from jopt.arrays import clustered, kmeans
+from jopt.arrays.arguments import require_count
 from jopt.arrays.axes import lay_like
 from jopt.quantization.clusters import Sizes, find
 from jopt.trees import paths, rules
@@ -22,7 +23,6 @@ from jopt.updates.project import (
     Projection,
     ProjectState,
     project,
-    require_count,
     require_floats,
     require_params,
     require_transformation,

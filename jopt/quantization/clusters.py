@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jopt.arrays import clustered, kmeans
+from jopt.arrays.arguments import check_flags, check_key, require_count
 from jopt.arrays.clustered import ClusteredArray
 from jopt.trees import paths, rules
 from jopt.updates.states import is_masked_node
@@ -101,7 +102,9 @@ def cluster(
         with NaN or infinity would be part of is NaN.
 
     Raises:
-        ValueError: sizes do not fit, a start has no key, or a rule matches nothing.
+        TypeError: an argument is of a wrong type.
+        ValueError: sizes do not fit, importance is negative or not finite (seen unless
+            it is traced), a start has no key, or a rule matches nothing.
 
     References:
         Han et al., Deep Compression, arXiv:1510.00149; Gong et al., arXiv:1412.6115
@@ -116,6 +119,9 @@ def cluster(
     """
     sizes = Sizes(num_clusters, vector_size, rows_per_codebook, preserve_zeros, start)
     sizes.check()
+    check_flags(preserve_zeros=preserve_zeros)
+    require_count("iterations", iterations)
+    check_key(key)
     is_array = hasattr(tree, "dtype") and hasattr(tree, "shape")
     leaves, treedef = paths.flatten_with_path(tree)
     stacks = rules.stacked_axis_of(stacked_axes, tree)
@@ -137,7 +143,7 @@ def cluster(
             found.append(leaf)
             continue
         w, path = jnp.asarray(leaf), path or "w"
-        h = None if h is None else jnp.asarray(h)
+        h = None if h is None else _checked_importance(h, path)
         if book is None:
             book = find(
                 w,
@@ -154,6 +160,21 @@ def cluster(
             clustered.assign_codes(w, book, importance=h, keeps_zero=preserve_zeros)
         )
     return treedef.unflatten(found)
+
+
+def _checked_importance(h: Any, path: str) -> jax.Array:
+    """Return the importance of a leaf, or raise if it weighs none; traced ones pass."""
+    if isinstance(h, jax.core.Tracer):
+        return h
+    with jax.ensure_compile_time_eval():  # known, though what is around may be traced
+        h = jnp.asarray(h)
+        is_weight = bool(jnp.all((h >= 0) & jnp.isfinite(h)))
+    if not is_weight:
+        raise ValueError(
+            "importance must be at least 0 and finite, got numbers that are not for "
+            f"{path!r}; squared gradients are usual"
+        )
+    return h
 
 
 def _spread(importance: Any, tree: Any, treedef: Any) -> list[Any]:

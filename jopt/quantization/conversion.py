@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jopt.arrays.codes import check_array
 from jopt.arrays.quantized import quantize_array
 from jopt.arrays.ranges import Range, scale_of
-from jopt.arrays.scale_fits import Fit
+from jopt.arrays.scale_fits import Fit, check_fit
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
 from jopt.quantization.specs import SpecOrRules, known_specs, resolve_specs
@@ -55,6 +55,7 @@ def quantize(
         leaves.
 
     Raises:
+        TypeError: `spec_or_rules` or `fit` is none, or a leaf is no float array.
         ValueError: a rule matches nothing, a spec or scale does not fit its leaf, or
             both `scales` and `fit` are given.
 
@@ -69,6 +70,8 @@ def quantize(
         raise ValueError(
             "fit must be None where scales are given, got both; leave one out"
         )
+    if fit is not None:
+        check_fit(fit)
     fitted = None if fit is None else jax.jit(fit, static_argnums=1)
     if hasattr(tree, "dtype") and hasattr(tree, "shape"):
         if not isinstance(spec_or_rules, QuantSpec):

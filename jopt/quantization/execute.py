@@ -25,11 +25,13 @@ from jopt.arrays.ranges import scale_of
 from jopt.arrays.scales import Scale, compute_range, compute_scale, reduce_groups
 from jopt.arrays.specs import QuantSpec
 from jopt.programs import interpret, sites
+from jopt.programs.batches import check_apply
 from jopt.programs.handlers import Handler, Use
 from jopt.quantization import microscaled, products
 from jopt.quantization.low_rank import multiply_low_rank
 from jopt.quantization.operands import (
     Activations,
+    check_activations,
     is_float,
     range_at,
     ranges_of,
@@ -65,6 +67,7 @@ def execute(
         Rows (of convolutions: images) that hold NaN give NaN.
 
     Raises:
+        TypeError: `apply` is no function, or `activations` says nothing of inputs.
         ValueError: (when called) a rule or a calibration fits no site.
 
     References:
@@ -78,6 +81,8 @@ def execute(
     >>> execute(apply, activations=int8)(packed, x)
     Array([[16131.]], dtype=float32)
     """
+    check_apply(apply)
+    check_activations(activations)
 
     @interpret.compiled_if_eager
     def run(params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

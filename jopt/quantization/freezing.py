@@ -17,14 +17,10 @@ import numpy as np
 import optax
 
 from jopt.arrays import packing
+from jopt.arrays.arguments import require_count
 from jopt.arrays.patterns import make_mask
 from jopt.trees import paths, rules
-from jopt.updates.project import (
-    require_count,
-    require_floats,
-    require_params,
-    require_transformation,
-)
+from jopt.updates.project import require_floats, require_params, require_transformation
 from jopt.updates.states import find_states, is_masked_node
 
 Fraction = float | Callable[[Any], Any]

@@ -22,9 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.arrays.arguments import check_flags, check_strength, require_count
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.factors import inverse_factor
-from jopt.arrays.scale_fits import Fit, by_range
+from jopt.arrays.scale_fits import Fit, by_range, check_fit
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.arrays.sweeps import sweep
@@ -60,6 +61,7 @@ def gptq_matrix(
         H is not positive definite: see `inverse_factor`.
 
     Raises:
+        TypeError: an option is of a wrong type.
         ValueError: shapes do not fit, or a number is out of range.
 
     >>> from jopt.arrays import formats
@@ -97,13 +99,13 @@ def check(*, activation_order: bool, block_size: int, damping: float, fit: Fit) 
     """Raise for options that are wrong whatever the weights.
 
     Raises:
+        TypeError: an option is of a wrong type.
         ValueError: a number is out of range.
     """
-    del activation_order, fit
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if not damping >= 0:
-        raise ValueError(f"damping must be at least 0, got {damping}; 0.01 is usual")
+    check_flags(activation_order=activation_order)
+    require_count("block_size", block_size, least=1)
+    check_strength("damping", damping, "0.01 is usual")
+    check_fit(fit)
 
 
 def input_order(squares: jax.Array, **options: Any) -> jax.Array:

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
+from jopt.arrays.arguments import check_flags, check_share
 from jopt.arrays.quantized import QuantizedArray, from_codes
 from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
-from jopt.arrays.scale_fits import Fit
+from jopt.arrays.scale_fits import Fit, check_fit
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
 from jopt.programs import passes
-from jopt.programs.batches import begin, check_flags, require_targets
+from jopt.programs.batches import begin, require_targets
 from jopt.programs.drift import require_pairs
 from jopt.programs.layer_by_layer import (
     run_all_at_once,
@@ -219,6 +220,7 @@ def quantize_layers(
 ) -> tuple[Any, QuantizationReport]:
     """Quantize all layers by any method; see `post_training` for the arguments."""
     _check_correction(correction, error_propagation)
+    check_fit(method.fit)
     check_flags(error_propagation=error_propagation, errors=errors, progress=progress)
     batches, analysis = begin(method.name, apply, params, batches)
     if correction:
@@ -285,10 +287,7 @@ def _targets(
 
 def _check_correction(correction: Any, error_propagation: bool) -> None:
     """Raise for what is no share, or has nothing to correct for."""
-    if isinstance(correction, bool) or not 0 <= correction <= 1:
-        raise ValueError(
-            f"correction must be in [0, 1], got {correction!r}; 0.5 is usual"
-        )
+    check_share("correction", correction, "0.5 is usual")
     if correction and not error_propagation:
         raise ValueError(
             "error_propagation must be True for a correction, which makes up for what "

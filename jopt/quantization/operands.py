@@ -49,6 +49,7 @@ def site_specs(
         ValueError: a rule matches no site, or one that cannot be entered; there is no
             site at all.
     """
+    check_activations(activations, argument=argument)
     if activations is None:
         return {}
     products = [s for s in table if s.kind != "gather"]
@@ -60,18 +61,23 @@ def site_specs(
         }
         if not chosen:
             raise nothing_found(argument, "site to round the input of", table)
-    elif isinstance(activations, Mapping | list | tuple):
+    else:
         chosen = _by_rules(activations, products, argument)
         # Rules are checked against names; where there are none, nothing else is said.
         if not products and any(spec is not None for spec in _specs_of(activations)):
             raise nothing_found(argument, "site to round the input of", table)
-    else:
+    sites = {s.name: s for s in products}
+    return {name: _pair(sites[name], spec) for name, spec in chosen.items()}
+
+
+def check_activations(activations: Any, *, argument: str = "activations") -> None:
+    """Raise for what does not say how inputs are rounded, whatever the function."""
+    known = (QuantSpec, Mapping, list, tuple, Calibration)
+    if activations is not None and not isinstance(activations, known):
         raise TypeError(
             f"{argument} must be a jopt.QuantSpec, rules {{pattern: spec}}, a "
             f"jopt.Calibration or None, got {activations!r}"
         )
-    sites = {s.name: s for s in products}
-    return {name: _pair(sites[name], spec) for name, spec in chosen.items()}
 
 
 def require_static(activations: Activations) -> None:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jopt.arrays.arguments import check_share
 from jopt.arrays.rounding import down, up
 from jopt.quantization.grids import Grid, GridProjection, as_grid_projection
 from jopt.quantization.oscillations import (
@@ -40,6 +41,7 @@ def binary_relax(softness: float | optax.Schedule) -> GridProjection:
         For `jopt.quantize_weights(..., projection=...)`.
 
     Raises:
+        TypeError: `softness` is neither a number nor a schedule.
         ValueError: a number is not in [0, 1].
 
     References:
@@ -80,6 +82,7 @@ def parq(softness: float | optax.Schedule) -> GridProjection:
         For `jopt.quantize_weights(..., projection=...)`.
 
     Raises:
+        TypeError: `softness` is neither a number nor a schedule.
         ValueError: a number is not in [0, 1].
 
     References:
@@ -114,7 +117,5 @@ def _value(softness: float | optax.Schedule, count: Any) -> jax.Array:
 
 
 def _check(softness: Any) -> None:
-    if isinstance(softness, int | float) and not 0.0 <= softness <= 1.0:
-        raise ValueError(
-            f"softness must be in [0, 1], got {softness}; 1 is the latent, 0 the grid"
-        )
+    if not callable(softness):
+        check_share("softness", softness, "1 is the latent, 0 the grid")

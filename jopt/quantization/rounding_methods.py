@@ -10,6 +10,7 @@ from typing import Any
 
 import optax
 
+from jopt.arrays.arguments import check_strength, require_count
 from jopt.arrays.scale_fits import Fit, by_range, half_quadratic
 from jopt.programs.sites import SiteTable
 from jopt.quantization.conversion import quantize
@@ -19,6 +20,7 @@ from jopt.quantization.layers import quantize_layers
 from jopt.quantization.learned_rounding import learn_offsets, learn_up_or_down
 from jopt.quantization.specs import SpecOrRules
 from jopt.trees import rules
+from jopt.updates.project import require_transformation
 
 # By identity part of compiled programs: one object, so that they are compiled once.
 _ADAM = optax.adam(1e-2)
@@ -89,9 +91,9 @@ def adaround(
     >>> float(packed["w"].to_array()[1:].sum())  # 2.4 + 3.4 is nearer to 6 than to 5
     6.0
     """
-    _check_steps(num_steps)
-    if not strength >= 0:
-        raise ValueError(f"strength must be at least 0, got {strength}; 4.0 is usual")
+    require_count("num_steps", num_steps, least=1)
+    check_strength("strength", strength, "4.0 is usual")
+    require_transformation(optimizer, "adaround", argument="optimizer")
     method = Method(
         "adaround",
         learn_up_or_down,
@@ -178,9 +180,10 @@ def autoround(
     >>> learned[1]["w"].error < 0.5 * nearest[1]["w"].error
     True
     """
-    _check_steps(num_steps)
+    require_count("num_steps", num_steps, least=1)
     if optimizer is None:
         optimizer = _sign_descent(num_steps)
+    require_transformation(optimizer, "autoround", argument="optimizer")
     method = Method(
         "autoround",
         learn_offsets,
@@ -271,8 +274,3 @@ def _sign_descent(num_steps: int) -> optax.GradientTransformation:
 
 
 _SIGN_DESCENTS: dict[int, optax.GradientTransformation] = {}
-
-
-def _check_steps(num_steps: int) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps}")

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jopt.arrays.arguments import check_flags
 from jopt.arrays.quantized_plus_low_rank import multiply_factors
 from jopt.arrays.scale_fits import Fit, by_range
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
-from jopt.programs.batches import check_flags
 from jopt.programs.targets import Target
 from jopt.quantization.gptq import check, prepare, round_prepared
 from jopt.quantization.layer_report import QuantizationReport

@@ -30,6 +30,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jopt.arrays.arguments import (
+    check_function,
+    check_key,
+    check_strength,
+    require_count,
+)
 from jopt.arrays.rounding import Rounding, nearest, stochastic
 from jopt.quantization.freezing import require_still_scales
 from jopt.quantization.grids import Grid, Landing, as_grid_projection
@@ -55,7 +61,6 @@ from jopt.updates.project import (
     Projection,
     ProjectState,
     project,
-    require_count,
     require_floats,
     require_params,
     require_transformation,
@@ -115,13 +120,15 @@ def quantize_weights(
         A transformation with one copy of the selected leaves in its state.
 
     Raises:
-        ValueError: a rule matches nothing, a group size does not divide, learned scales
-            are asked of an asymmetric or microscaling format, `bits_schedule` of a
-            format that is not an integer, learned scales beside rounding or a
-            projection that leave the nearest level, stochastic rounding without a key,
-            a format without a zero of a leaf that is pruned inside, scales other than
-            "static" of weights that are frozen, or scales other than "current" are to
-            be measured at once on a leaf of zeros (seen unless `init` is traced).
+        TypeError: an argument is of a wrong type, or params hold quantized arrays.
+        ValueError: a number is out of range, a rule matches nothing, a group size does
+            not divide, learned scales are asked of an asymmetric or microscaling
+            format, `bits_schedule` of a format that is not an integer, learned scales
+            beside rounding or a projection that leave the nearest level, stochastic
+            rounding without a key, a format without a zero of a leaf that is pruned
+            inside, scales other than "static" of weights that are frozen, or scales
+            other than "current" are to be measured at once on a leaf of zeros (seen
+            unless `init` is traced).
 
     References:
         Jacob et al., arXiv:1712.05877 (training on the grid); Esser et al., Learned
@@ -154,11 +161,15 @@ def quantize_weights(
             "got a schedule; use moving scales with it"
         )
     rounding = nearest if rounding is None else rounding
+    check_function(
+        "rounding", rounding, "(x, key) -> whole", "for example jopt.rounding.nearest"
+    )
     if scales == "learned" and rounding is not nearest:
         raise ValueError(
             "rounding must be None for learned scales, whose gradient "
             f"is that of the nearest level, got {rounding!r}; use moving scales with it"
         )
+    check_key(key)
     if rounding is stochastic and key is None:
         raise ValueError(
             "key must be a PRNG key for stochastic rounding, got None: pass "
@@ -170,9 +181,13 @@ def quantize_weights(
             "projection must land on the nearest level for learned scales, got "
             f"{projection!r}; use moving scales with it"
         )
-    train = optax.with_extra_args_support(
-        optax.adam(1e-2) if scale_optimizer is None else scale_optimizer
+    train = require_transformation(
+        optax.adam(1e-2) if scale_optimizer is None else scale_optimizer,
+        "quantize_weights",
+        argument="scale_optimizer",
     )
+    if damping is not None and not callable(damping):
+        check_strength("damping", damping, "for example 1e-3, or a schedule")
     method = Method(
         scales, decay, begin_step, bits_schedule, rounding, landing, key, train
     )

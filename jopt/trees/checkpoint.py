@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jopt.arrays.arguments import require_count
 from jopt.trees import manifest, single_file, storage, structure
 from jopt.trees.manifest import CheckpointError
 
@@ -59,13 +60,16 @@ def save(
         step: the number of the step, 0 when None; a file has none.
         max_to_keep: how many steps stay; the oldest others are deleted, never the one
             just saved. None keeps all.
-        metadata: JSON content of the caller's own, see `read_metadata`.
+        metadata: JSON content of the caller's own, see `read_metadata`; its numbers may
+            be NaN or infinite.
         overwrite: replace an intact step of the same number, or the file.
 
     Raises:
         ValueError: the step exists and is intact, the file exists, a number is out of
-            range or given for a file, or there is more than one process.
-        TypeError: a leaf is of a type that cannot be saved, or metadata is not JSON.
+            range or given for a file, a key cannot be in a file, or there is more than
+            one process.
+        TypeError: `path` is none, a leaf is of a type that cannot be saved, or metadata
+            is not JSON.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -364,8 +368,8 @@ def _check_numbers(step: int, max_to_keep: int | None) -> None:
         raise ValueError(
             f"step must be an integer from 0, got {step!r}; use int(count)"
         )
-    if max_to_keep is not None and max_to_keep < 1:
-        raise ValueError(f"max_to_keep must be at least 1 or None, got {max_to_keep}")
+    if max_to_keep is not None:
+        require_count("max_to_keep", max_to_keep, least=1)
 
 
 def _refuse_steps(path: str | pathlib.Path, **numbers: int | None) -> None:
@@ -386,5 +390,7 @@ def _checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
         )
     try:
         return dict(json.loads(json.dumps(metadata or {})))
-    except TypeError as error:
-        raise TypeError(f"metadata must be JSON, got {metadata!r}; {error}") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"metadata must be a dict of JSON, got {metadata!r}; {error}"
+        ) from error

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jopt.arrays import formats
+from jopt.arrays.arguments import check_path
 from jopt.arrays.formats import Format
 from jopt.arrays.packing import pack_codes
 from jopt.arrays.quantized import QuantizedArray
@@ -68,6 +69,7 @@ def read_gguf(
         ValueError: a tensor is of another type.
     """
     gguf = _import_gguf()
+    check_path(path)
     file = pathlib.Path(path).absolute()
     if not file.is_file():
         raise FileNotFoundError(

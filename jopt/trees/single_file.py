@@ -11,7 +11,7 @@ as they are in memory. One string of metadata, 'jopt', is JSON that describes th
     tree       the outline, with the tables `quantized` and `specs`, see `outline`
     arrays     what a tensor does not say of its array: NumPy's, keys, int4 ...
     checksums  CRC-32 of each tensor: name, dtype, shape and data
-    metadata   the caller's own
+    metadata   the caller's own; as an outline, under another name, where it holds NaN
 
 So nothing in the file can change without being seen, and a file appears under its name
 by a rename. docs/safetensors.md is the specification, for readers in any language.
@@ -21,11 +21,12 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jopt.arrays.arguments import check_path
 from jopt.trees import container, outline, storage, structure
 from jopt.trees.container import Array
 from jopt.trees.manifest import CheckpointError
@@ -34,6 +35,7 @@ SUFFIX = ".safetensors"
 VERSION = 1
 
 _KEY = "jopt"
+_OUTLINED = "metadata_outline"
 _NO_SUM = "00000000"
 _HEAD = re.compile(r'\{"crc32":"([0-9a-f]{8})",')
 
@@ -41,9 +43,13 @@ _HEAD = re.compile(r'\{"crc32":"([0-9a-f]{8})",')
 def is_single_file(path: str | pathlib.Path) -> bool:
     """Tell by the suffix whether a path names one file and not a directory of steps.
 
+    Raises:
+        TypeError: it is no path.
+
     >>> is_single_file("model.safetensors"), is_single_file("run/checkpoints")
     (True, False)
     """
+    check_path(path)
     return pathlib.Path(path).suffix == SUFFIX
 
 
@@ -55,11 +61,11 @@ def save(
     Args:
         path: the file.
         tree: as for `checkpoint.save`; sharded leaves are gathered.
-        metadata: JSON content of the caller's own.
+        metadata: JSON content of the caller's own, and numbers that are not finite.
         overwrite: whether to replace a file.
 
     Raises:
-        ValueError: the file exists.
+        ValueError: the file exists, or a key cannot be in the name of a tensor.
         TypeError: a leaf is of a type that cannot be saved.
     """
     file = pathlib.Path(path).absolute()
@@ -70,6 +76,7 @@ def save(
         )
     node, leaves = structure.encode(tree)
     content, names = outline.write(node, leaves)
+    _check_names(names)
     tensors: dict[str, Array] = {}
     arrays: dict[str, Any] = {}
     for name, leaf in zip(names, leaves, strict=True):
@@ -80,7 +87,7 @@ def save(
             arrays[name] = about
     content |= {"arrays": arrays} if arrays else {}
     content["checksums"] = [_checksum(name, tensors[name]) for name in sorted(tensors)]
-    content |= {"metadata": metadata} if metadata else {}
+    content |= _write_metadata(metadata)
     file.parent.mkdir(parents=True, exist_ok=True)
     container.write_file(file, tensors, {_KEY: _seal(content)})
 
@@ -120,7 +127,7 @@ def restore(path: str | pathlib.Path, *, like: Any) -> tuple[Any, dict[str, Any]
         dtype, shape = row.get("stored", (row["dtype"], row["shape"]))
         stored = container.from_tensor(tensors[name], dtype, tuple(shape))
         values.append(storage.finish(row, place, stored))
-    return structure.decode(node, values, like=like), content.get("metadata", {})
+    return structure.decode(node, values, like=like), _read_metadata(content)
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, Any]:
@@ -130,7 +137,38 @@ def read_metadata(path: str | pathlib.Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, or of another program.
     """
-    return dict(_open(path)[1].get("metadata", {}))
+    return _read_metadata(_open(path)[1])
+
+
+def _write_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of the metadata: an outline where JSON has no such numbers."""
+    if not metadata:
+        return {}
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except ValueError:
+        node, _ = structure.encode(metadata)
+        return {_OUTLINED: outline.write(node, [])[0]["tree"]}
+    return {"metadata": metadata}
+
+
+def _read_metadata(content: Mapping[str, Any]) -> dict[str, Any]:
+    if _OUTLINED in content:
+        node, _ = outline.read({"tree": content[_OUTLINED]})
+        return dict(structure.decode(node, ()))
+    return dict(content.get("metadata", {}))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise for names that have no UTF-8, which those of tensors are written in."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"tree must have keys of whole characters in a file, got {name!r} with "
+                f"half of one ({error.reason}); rename it"
+            ) from error
 
 
 def _open(path: str | pathlib.Path) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from jopt.arrays.arguments import require_count
 from jopt.arrays.compressed import CompressedArray
 from jopt.trees import paths, rules
 
@@ -69,17 +69,6 @@ def require_params(params: optax.Params | None, name: str) -> None:
         )
 
 
-def require_count(name: str, value: Any, *, least: int = 0) -> None:
-    """Raise if a number of steps is no integer or too small; traced ones pass."""
-    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
-    is_integer = jnp.issubdtype(value.dtype if is_array else type(value), jnp.integer)
-    is_known = is_integer and not isinstance(value, jax.core.Tracer)
-    if not is_integer or np.ndim(value) or (is_known and value < least):
-        raise ValueError(
-            f"{name} must be an integer of at least {least}, got {value!r}"
-        )
-
-
 def require_state(state: Any, kind: type[Any], name: str) -> None:
     """Raise if `update` gets a state that is not what `init` makes."""
     if not isinstance(state, kind):
@@ -91,14 +80,16 @@ def require_state(state: Any, kind: type[Any], name: str) -> None:
 
 
 def require_transformation(
-    inner: Any, name: str
+    inner: Any, name: str, *, argument: str = "inner"
 ) -> optax.GradientTransformationExtraArgs:
     """Return `inner` as one that takes extra args, or raise if it is none."""
     # By its methods: optax.MultiSteps is a class of its own.
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        call = "optax.adamw(1e-3), ..."
+        call = call if argument == "inner" else f"..., {argument}=optax.adam(1e-2)"
         raise TypeError(
-            f"inner must be an Optax transformation, got {inner!r}; for example "
-            f"jopt.{name}(optax.adamw(1e-3), ...)"
+            f"{argument} must be an Optax transformation, got {inner!r}; for example "
+            f"jopt.{name}({call})"
         )
     return optax.with_extra_args_support(inner)
 

@@ -236,5 +236,5 @@ def test_16_bit_params_inputs_of_zeros_and_what_cannot_be():
     one = jopt.QuantSpec(jopt.formats.int8, axis=())
     with pytest.raises(ValueError, match=r"axis must keep a scale per output of 'w'"):
         jopt.awq(apply, {"w": w}, [x], one)
-    with pytest.raises(ValueError, match="num_alphas must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_alphas must be an integer of .*got 0"):
         jopt.awq(apply, {"w": w}, [x], INT4, num_alphas=0)

@@ -398,7 +398,7 @@ def test_saved_and_restored(tmp_path):
             lambda: jopt.init_cache(
                 SHAPE, INT8, value_spec=dataclasses.replace(CHANNEL4, group_size=5)
             ),
-            "group_size must divide axis -3 of 'values'",
+            "whole groups .* got 24 tokens and .* for the values: use a capacity of 25",
         ),
         (
             lambda: jopt.init_cache(SHAPE, dataclasses.replace(CHANNEL4, group_size=3)),
@@ -410,6 +410,16 @@ def test_saved_and_restored(tmp_path):
             ),
             "outer scale would be shared",
         ),
+        (
+            lambda: jopt.init_cache((2, 5, 2, 8), CHANNEL4),
+            "use a capacity of 8",
+        ),
+        (lambda: jopt.init_cache((2.0, 4, 2, 8), INT8), "of integers, got .2.0, 4"),
+        (lambda: jopt.init_cache("abcd", INT8), "of integers, got 'abcd'"),
+        (lambda: jopt.init_cache(4, INT8), "of positive sizes, got 4"),
+        (lambda: jopt.init_cache(SHAPE, INT8, window="x"), "window must be True or"),
+        (lambda: jopt.init_cache(SHAPE, INT8, dtype=jnp.int8), "dtype must be a float"),
+        (lambda: jopt.init_cache(SHAPE, None, dtype="int8"), "dtype must be a float"),
     ],
 )
 def test_specs_that_make_no_cache_raise(make, message):
@@ -429,3 +439,31 @@ def test_tokens_that_do_not_fit_raise():
     k, v = tokens(CAPACITY + 1)
     with pytest.raises(ValueError, match="got 25 at once"):
         append(cache, k, v)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "error", "message"),
+    [
+        ([3, 0, 0], ValueError, r"from 0 to the 2 tokens of keys, got \[3, 0, 0\]"),
+        ([0, -1, 0], ValueError, "from 0 to the 2 tokens"),
+        ([2**32, 0, 0], ValueError, "from 0 to the 2 tokens"),
+        (3, ValueError, "from 0 to the 2 tokens of keys, got 3"),
+        ([1.0, 0.0, 0.0], TypeError, r"must be integers, got float64\[3\]"),
+        ([True, False, True], TypeError, "must be integers, got bool"),
+        ([1, 0], ValueError, r"shape \(3,\) of the rows, got \(2,\)"),
+        ([[1, 0, 0]], ValueError, r"shape \(3,\) of the rows, got \(1, 3\)"),
+    ],
+)
+def test_numbers_of_tokens_that_do_not_fit_raise(num_tokens, error, message):
+    k, v = tokens(2)
+    with pytest.raises(error, match=message) as caught:
+        jopt.init_cache(SHAPE, INT8).append(k, v, num_tokens=np.asarray(num_tokens))
+    assert "\n" not in str(caught.value)
+
+
+def test_traced_numbers_of_tokens_are_clamped():
+    k, v = tokens(2)
+    cache = append(jopt.init_cache(SHAPE, INT8), k, v, num_tokens=jnp.array([-1, 1, 5]))
+    np.testing.assert_array_equal(cache.length, [0, 1, 2])
+    with pytest.raises(TypeError, match="must be integers, got float32"):
+        append(cache, k, v, num_tokens=jnp.ones(3))

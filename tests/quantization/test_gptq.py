@@ -119,9 +119,9 @@ def test_what_is_not_positive_definite_gives_no_number():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"block_size": 0}, "block_size must be at least 1, got 0"),
-        ({"damping": -0.1}, "damping must be at least 0, got -0.1"),
-        ({"damping": float("nan")}, "damping must be at least 0, got nan"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"damping": -0.1}, "damping must be at least 0 and finite, got -0.1"),
+        ({"damping": float("nan")}, "damping must be at least 0 and finite, got nan"),
     ],
 )
 def test_wrong_arguments_raise(options, match):

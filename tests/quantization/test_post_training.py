@@ -363,7 +363,7 @@ def test_wrong_arguments_raise_at_once():
         "must have something to quantize.*none is selected": lambda: go(
             select=lambda path, leaf: False
         ),
-        "block_size must be at least 1": lambda: go(block_size=0),
+        "block_size must be an integer of at least 1": lambda: go(block_size=0),
         "damping must be at least 0": lambda: go(damping=-1.0),
         "at least one item, got none": lambda: go(batches=[]),
         "inputs of every site must be finite.*'up'": lambda: go(batches=[x * np.nan]),

@@ -289,7 +289,7 @@ def test_wrong_arguments_raise():
         "num_steps must be an integer of at least 1, got 0": lambda: jopt.adaround(
             mlp, params, [x], spec, num_steps=0
         ),
-        "strength must be at least 0, got -1": lambda: jopt.adaround(
+        "strength must be at least 0 and finite, got -1": lambda: jopt.adaround(
             mlp, params, [x], spec, strength=-1.0
         ),
         "free to choose scales, got mxfp4": lambda: jopt.hqq(

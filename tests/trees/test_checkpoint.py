@@ -297,7 +297,8 @@ def test_existing_step(tmp_path):
     [
         ({"step": -1}, "step must be an integer from 0, got -1"),
         ({"step": 1.5}, "step must be an integer from 0, got 1.5"),
-        ({"max_to_keep": 0}, "max_to_keep must be at least 1"),
+        ({"max_to_keep": 1.5}, "max_to_keep must be an integer of at least 1, got 1.5"),
+        ({"max_to_keep": 0}, "max_to_keep must be an integer of at least 1"),
     ],
 )
 def test_wrong_numbers(tmp_path, arguments, message):

@@ -296,7 +296,7 @@ def test_options_that_a_file_has_not(file, tmp_path):
     assert jopt.restore(file) == {"a": 1}
     jopt.save(file, {"a": 2}, overwrite=True)
     assert jopt.restore(file) == {"a": 2} and jopt.read_metadata(file) == {}
-    with pytest.raises(TypeError, match="metadata must be JSON"):
+    with pytest.raises(TypeError, match="metadata must be a dict of JSON"):
         jopt.save(file, {}, overwrite=True, metadata={"a": jnp.ones(1)})
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(ValueError, match="choose another name"):
@@ -465,3 +465,45 @@ def test_kill_at_any_moment(file):
     assert found["step"] >= last and np.all(np.asarray(found["w"]) == found["step"])
     jopt.save(file, {}, overwrite=True)  # which takes what was left behind away
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("call", [jopt.restore, jopt.steps, jopt.read_metadata])
+def test_what_is_no_path(call):
+    for path in (3, None, b"a.safetensors"):
+        with pytest.raises(TypeError, match="path must be a str or a"):
+            call(path)
+        with pytest.raises(TypeError, match="path must be a str or a"):
+            jopt.save(path, {})
+
+
+@pytest.mark.parametrize("metadata", [[1], "ab", {"a": {1, 2}}, 3])
+def test_what_is_no_metadata(file, metadata):
+    with pytest.raises(TypeError, match="metadata must be a dict of JSON, got"):
+        jopt.save(file, {}, metadata=metadata)
+
+
+def test_a_key_without_utf_8(file, tmp_path):
+    tree = {"a": {"\ud800": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"got 'a/\\ud800' with half of one") as caught:
+        jopt.save(file, tree)
+    assert type(caught.value) is ValueError and not file.exists()
+    jopt.save(tmp_path / "steps", tree)
+    assert_same(jopt.restore(tmp_path / "steps"), tree)
+
+
+def test_numbers_that_json_has_not_leave_the_file_json(file):
+    metadata = {"loss": [np.inf, {"float": -np.inf}], "like": ["float", "nan"], "n": 7}
+    tree = {"w": jnp.ones(2), "f": float("nan")}
+    jopt.save(file, tree, metadata={**metadata, "nan": float("nan"), "x": 0.1})
+    with safetensors.safe_open(file, "numpy") as opened:
+        text = opened.metadata()["jopt"]
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(text, parse_constant=refuse)
+    assert content["metadata_outline"]["nan"] == ["float", "nan"]
+    assert "metadata" not in content
+    for found in (jopt.read_metadata(file), jopt.restore(file, with_metadata=True)[1]):
+        assert np.isnan(found.pop("nan")) and found.pop("x") == 0.1
+        assert found == metadata

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jopt.arrays import formats
+from jopt.arrays.arguments import check_path
 from jopt.arrays.packing import pack_codes
 from jopt.arrays.quantized import QuantizedArray
 from jopt.arrays.specs import QuantSpec
@@ -58,6 +59,7 @@ def read_compressed_tensors(
         CheckpointError: a file is damaged.
         ValueError: a module is quantized in a way that has no form here.
     """
+    check_path(path)
     directory = pathlib.Path(path).absolute()
     config = _read_config(directory)
     tensors: dict[str, Array] = {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jopt.arrays import formats
+from jopt.arrays.arguments import check_path
 from jopt.arrays.packing import unpack_codes
 from jopt.arrays.quantized import QuantizedArray
 from jopt.arrays.specs import QuantSpec
@@ -71,6 +72,7 @@ def write_compressed_tensors(
     ...     sorted(container.read_file(pathlib.Path(path, "model.safetensors"))[0])
     ['up.weight_packed', 'up.weight_scale', 'up.weight_shape']
     """
+    check_path(path)
     directory = pathlib.Path(path).absolute()
     if (directory / _WEIGHTS).exists() and not overwrite:
         raise ValueError(
