@@ -21,7 +21,13 @@ import jax.numpy as jnp
 from jopt.programs import channels, sites
 from jopt.programs.channels import Group
 from jopt.programs.sites import SiteTable
-from jopt.quantization.factors import channel_max, require_floats, scale_leaves
+from jopt.quantization.factors import (
+    change_leaves,
+    channel_max,
+    divide,
+    multiply,
+    require_floats,
+)
 from jopt.trees.layer_report import LayerReport
 
 
@@ -169,7 +175,7 @@ def _round(leaves: list[Any], *, pairs: Sequence[Group]) -> tuple[list[Any], jax
         is_used = (made > 0) & (read > 0) & jnp.isfinite(made * read)
         made, read = (jnp.where(is_used, r, 1.0) for r in (made, read))
         s = jnp.sqrt(made / read)
-        leaves = scale_leaves(leaves, pair.made, 1 / s)
-        leaves = scale_leaves(leaves, pair.read, s)
+        leaves = change_leaves(divide, leaves, pair.made, s)
+        leaves = change_leaves(multiply, leaves, pair.read, s)
         moved = jnp.maximum(moved, jnp.max(jnp.abs(s - 1)))
     return leaves, moved

@@ -20,6 +20,7 @@ from jopt.programs.record import Statistic
 from jopt.programs.statistics import summed
 from jopt.programs.targets import Target
 from jopt.programs.weights import Part, parts, repeated_batch
+from jopt.quantization import factors
 
 
 def largest_inputs() -> Statistic:
@@ -90,8 +91,8 @@ def largest_weights(leaf: jax.Array, target: Target) -> jax.Array:
 
 def scale(leaf: jax.Array, layout: Layout, s: jax.Array) -> jax.Array:
     """Multiply the matrices of a leaf by factors `[layers, batch, columns]`."""
-    matrices = layout.to_matrices(leaf).astype(jnp.float32)
-    return layout.from_matrices(matrices * s[..., None], leaf)
+    matrices = factors.multiply(layout.to_matrices(leaf), s[..., None])
+    return layout.from_matrices(matrices, leaf)
 
 
 def joined(site: Site, values: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ def divide(site: Site, x: jax.Array, s: jax.Array) -> jax.Array:
         The input, in its dtype.
     """
     by = _as_input(site, jnp.shape(x), s)
-    return (x.astype(jnp.float32) / by).astype(x.dtype)
+    return factors.divide(x, by)
 
 
 def _as_input(site: Site, shape: Sequence[int], s: jax.Array) -> jax.Array:

@@ -31,10 +31,12 @@ from jopt.programs.sites import Analysis
 from jopt.programs.targets import Target, find_targets
 from jopt.quantization import input_factors
 from jopt.quantization.factors import (
+    change_leaves,
     channel_max,
+    divide,
+    multiply,
     power_of_two,
     require_floats,
-    scale_leaves,
 )
 from jopt.trees import rules
 from jopt.trees.layer_report import LayerReport
@@ -276,8 +278,8 @@ class _Work:
                         here = channel_max(x, link, group.size)
                         inputs = jnp.maximum(inputs, here)
             s = self.factors(inputs, weights)
-            self.leaves = scale_leaves(self.leaves, group.made, 1 / s)
-            self.leaves = scale_leaves(self.leaves, group.read, s)
+            self.leaves = change_leaves(divide, self.leaves, group.made, s)
+            self.leaves = change_leaves(multiply, self.leaves, group.read, s)
             into = ", ".join(names[link.leaf] for link in group.made)
             for i in readers:
                 self.done.add(i)

@@ -89,6 +89,22 @@ def test_powers_of_two_change_no_bit():
     assert set(smoothed["input_scales"]) == {"q", "k", "weird name"}
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_float64_is_not_rounded_to_float32(fold):
+    with jax.enable_x64(True):
+        params, x = outliers()
+        params = {n: jnp.pi * w.astype(jnp.float64) for n, w in params.items()}
+        x = jnp.asarray(x, jnp.float64)
+        want = jax.jit(outlier_model)(params, x)
+        for powers_of_two, tolerance in ((True, 0.0), (False, 1e-12)):
+            smooth_apply, smoothed = jopt.smooth(
+                outlier_model, params, [x], powers_of_two=powers_of_two, fold=fold
+            )
+            got = jax.jit(smooth_apply)(smoothed, x)
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
 def test_int8_products_really_run_and_are_much_better():
     params, x = outliers()
     exact = outlier_model(params, x)
