@@ -160,7 +160,11 @@ def correct_bias(
     )
     for _, i, k in track(steps, "correcting biases", progress):
         layer = layers[i]
+        name = layer.site.name + (f"[{k}]" if _num_layers(layer) > 1 else "")
         now = passes.total(observe, treedef.unflatten(leaves), batches, {})
+        if not (_is_reached(layer, wanted, k) and _is_reached(layer, now, k)):
+            left[name] = "no input reached it"
+            continue
         shift = _means(layer, wanted) - _means(layer, now)
         if _num_layers(layer) > 1:
             axis = _stacked_axis(layer)
@@ -172,7 +176,6 @@ def correct_bias(
         change = jnp.where(layer.link.channel < 0, 0.0, change)
         bias = leaves[at]
         leaves[at] = (bias.astype(jnp.float32) + change).astype(bias.dtype)
-        name = layer.site.name + (f"[{k}]" if _num_layers(layer) > 1 else "")
         size = shift.size // _num_layers(layer)
         norm = float(jnp.sqrt(jnp.sum(shift**2) / size))
         rows.append(CorrectedRow(name, path_of[at], norm))
@@ -295,6 +298,12 @@ def _means(layer: _Layer, found: Mapping[str, Any]) -> jax.Array:
     means = sums["sum"] / jnp.maximum(sums["rows"], 1.0)
     flat = jnp.zeros(int(np.prod(layer.shape)), jnp.float32)
     return flat.at[layer.outputs].set(means.ravel()).reshape(layer.shape)
+
+
+def _is_reached(layer: _Layer, found: Mapping[str, Any], k: int) -> bool:
+    """Tell whether a layer of a site has run, on a row at least."""
+    rows = found[layer.site.name]["rows"]
+    return bool((rows[k] if _num_layers(layer) > 1 else rows).all())
 
 
 def _outputs(site: Site, leaf: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

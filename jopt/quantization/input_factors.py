@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt.programs import passes
 from jopt.programs.handlers import Use
@@ -21,6 +22,8 @@ from jopt.programs.statistics import summed
 from jopt.programs.targets import Target
 from jopt.programs.weights import Part, parts, repeated_batch
 from jopt.quantization import factors
+
+_NOT_REACHED = "no input but zeros reached it"
 
 
 def largest_inputs() -> Statistic:
@@ -73,6 +76,24 @@ def of_target(target: Target, values: Mapping[str, Any]) -> jax.Array:
             shared = jnp.zeros((layers, batch, columns), jnp.float32)
             value = shared.at[:, places[:, 0]].max(value)
         found = jnp.maximum(found, value)
+    return found
+
+
+def unreached(target: Target, largest: jax.Array) -> dict[str, str]:
+    """List the layers of a target that nothing but zeros came into.
+
+    Args:
+        target: which one.
+        largest: `[layers, batch, columns]`, the largest of what it saw.
+
+    Returns:
+        Name of a layer to the reason.
+    """
+    found = {}
+    for layer, reached in enumerate(np.asarray(jnp.any(largest > 0, axis=-1))):
+        if not reached.all():
+            count = f" in {np.sum(~reached)} of {reached.size} matrices"
+            found[target.layer_name(layer)] = _NOT_REACHED + count * (reached.size > 1)
     return found
 
 

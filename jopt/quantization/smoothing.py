@@ -208,6 +208,8 @@ def smooth(
                 f"inputs of every site must be finite, got NaN or infinity at "
                 f"{target.name!r}; look at the batches, or leave it out with select"
             )
+    for target, largest in zip(targets, seen, strict=True):
+        left |= input_factors.unreached(target, largest)
     work = _Work(analysis, leaves, targets, seen, alpha, powers_of_two)
     if fold:
         work.fold(channels.find_groups(analysis, params)[0])

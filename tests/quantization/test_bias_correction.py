@@ -90,6 +90,16 @@ def test_the_first_layer_is_the_formula():
     np.testing.assert_allclose(report["conv"].shift, norm, rtol=1e-3)
 
 
+def test_layers_that_no_row_reaches_are_listed():
+    params, packed, _, report, batches = corrected()
+    fixed, empty = jopt.correct_bias(model, params, packed, [batches[0][:0]])
+    names = {row.name for row in report}
+    assert not empty.rows
+    assert {n for n, why in empty.left_alone.items() if "no input" in why} == names
+    for a, b in zip(jax.tree.leaves(fixed), jax.tree.leaves(packed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_biases_that_are_not_there_or_shared_are_listed():
     rng = np.random.default_rng(1)
     params = {"a": normal(rng, 4, 4), "b": normal(rng, 4, 4), "bias": normal(rng, 4)}

@@ -194,6 +194,21 @@ def test_folded_whole_it_is_the_function_itself():
     assert "Dense_0" in str(smooth_apply.report)
 
 
+def test_layers_that_no_row_reaches_are_listed():
+    params, x = outliers()
+    for batches in ([x[:0]], [x[:0], x]):
+        smooth_apply, smoothed = jopt.smooth(outlier_model, params, batches)
+        assert [row.into for row in smooth_apply.report] == ["folded", "folded", "kept"]
+        reasons = set(smooth_apply.report.left_alone.values())
+        if len(batches) == 1:
+            assert reasons == {"no input but zeros reached it"}
+            assert all(r.smallest == r.largest == 1 for r in smooth_apply.report)
+    assert not reasons
+    _, want = jopt.smooth(outlier_model, params, [x])
+    for a, b in zip(jax.tree.leaves(smoothed), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_what_cannot_be_is_said():
     params, x = outliers()
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
