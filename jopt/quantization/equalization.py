@@ -97,7 +97,8 @@ def equalize(
         Channels that are zero on one side stay as they are.
 
     Raises:
-        ValueError: a number is out of range, a leaf is compressed, or there is no pair.
+        ValueError: a number is out of range, a leaf is compressed, weights are not
+            finite, or there is no pair.
 
     References:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
@@ -133,6 +134,13 @@ def equalize(
     reasons = {p: why for p, why in left.items() if names.index(p) in multiplies}
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
+    for pair in pairs:
+        for link in (pair.made[0], *pair.read):
+            if not bool(jnp.isfinite(leaves[link.leaf]).all()):
+                raise ValueError(
+                    "params must be finite, got NaN or infinity in "
+                    f"{names[link.leaf]!r}; repair it, its ranges have no equal"
+                )
     before = [_ratio(*_ranges(leaves, pair)) for pair in pairs]
     step = jax.jit(functools.partial(_round, pairs=pairs))
     for _ in range(max_rounds):

@@ -124,6 +124,31 @@ def test_biases_that_are_not_there_or_shared_are_listed():
 
     _, report = jopt.correct_bias(residual, params, packed, [x])
     assert [row.name for row in report] == ["a"]
-    assert "not scaled" in report.left_alone["b"]
+    assert report.left_alone["b"] == "add joins it with what is no leaf"
     with pytest.raises(ValueError, match="packed must have the leaves of params"):
         jopt.correct_bias(residual, params, {"a": x}, [x])
+
+
+def test_what_is_not_finite_or_does_not_fit_raises():
+    def apply(p, x):
+        x = jnp.tanh(x @ p["a"] + p["c"][None])
+        return x @ p["b"] + p["d"][None]
+
+    rng = np.random.default_rng(2)
+    shapes = {"a": (4, 4), "c": (4,), "b": (4, 3), "d": (3,)}
+    params = {n: normal(rng, *s) for n, s in shapes.items()}
+    x = normal(rng, 8, 4)
+    packed = jopt.quantize(params, jopt.QuantSpec(jopt.formats.int4))
+    with pytest.raises(ValueError, match="infinity at 'a'; look at the batches"):
+        jopt.correct_bias(apply, params, packed, [x, x.at[0, 0].set(jnp.inf)])
+    broken = {**params, "b": params["b"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="infinity at 'b'; look at 'b' of the params"):
+        jopt.correct_bias(apply, broken, packed, [x])
+    grid = {**params, "a": params["a"].at[0, 0].set(jnp.inf)}
+    with pytest.raises(ValueError, match="packed must give finite means"):
+        jopt.correct_bias(apply, params, grid, [x])
+    with pytest.raises(ValueError, match="the floats, got QuantizedArray at 'a'"):
+        jopt.correct_bias(apply, packed, params, [x])
+    wrong = {**packed, "d": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"shapes of params, got \(2,\) for \(3,\)"):
+        jopt.correct_bias(apply, params, wrong, [x])

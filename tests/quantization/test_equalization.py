@@ -150,6 +150,10 @@ def test_zeros_stay_and_what_is_used_twice_is_left_alone():
 
     with pytest.raises(ValueError, match="'b' multiplies something else too"):
         jopt.equalize(other, params, x)
+    for name, value in (("a", jnp.inf), ("b", jnp.nan)):
+        broken = {**params, name: params[name].at[0, 0].set(value)}
+        with pytest.raises(ValueError, match=f"NaN or infinity in '{name}'; repair it"):
+            jopt.equalize(chain, broken, x)
     packed = jopt.quantize(params, jopt.QuantSpec(jopt.formats.int8))
     with pytest.raises(ValueError, match="plain arrays, got QuantizedArray at 'a'"):
         jopt.equalize(chain, packed, x)

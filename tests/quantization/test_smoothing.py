@@ -215,6 +215,15 @@ def test_what_cannot_be_is_said():
         jopt.smooth(outlier_model, params, [x], alpha=2)
     with pytest.raises(ValueError, match="finite, got NaN or infinity at 'k'"):
         jopt.smooth(outlier_model, params, [x * jnp.nan])
+    with pytest.raises(TypeError, match="alpha must be a number, got 'x'"):
+        jopt.smooth(outlier_model, params, [x], alpha="x")
+    for name, value in (("q", jnp.nan), ("weird name", jnp.inf)):
+        broken = {**params, name: params[name].at[0, 0].set(value)}
+        with pytest.raises(ValueError, match=f"NaN or infinity in '{name}'; repair it"):
+            jopt.smooth(outlier_model, broken, [x])
+    broken = {**params, "scale": params["scale"].at[0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="at 'k'; look at 'scale' of the params"):
+        jopt.smooth(outlier_model, broken, [x])
     packed = jopt.quantize(params, INT8)
     with pytest.raises(ValueError, match="plain arrays, got QuantizedArray"):
         jopt.smooth(outlier_model, packed, [x])
