@@ -292,7 +292,8 @@ class Follow:
         name = eqn.primitive.name
         flow = self._flow(operand, key)
         if name not in ("add", "sub", "add_any") or flow is None or flow.view is None:
-            raise Stop(f"{name} joins it with what is not scaled")
+            what = "is not scaled" if self._only is None else "is no leaf"
+            raise Stop(f"{name} joins it with what {what}")
         leaf = flow.view.leaf
         if leaf in self._seeds or len(flow.view.dims) != len(view.dims):
             raise Stop(f"{name} joins it with what has other channels")

@@ -55,8 +55,8 @@ def pair(factors: Sequence[Atom], leaf: Sequence[Atom]) -> Pairs:
         NoMatchError: they do not fit each other, or the leaf repeats where factors
             differ.
     """
-    left = [a for a in factors if a.size != 1]
-    right = [a for a in leaf if a.size != 1]
+    left = [a for a in factors if a.size > 1]
+    right = [a for a in leaf if a.size > 1]
     found = []
     while left and right:
         a, b = left.pop(0), right.pop(0)

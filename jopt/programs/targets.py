@@ -177,6 +177,24 @@ def require_finite(targets: Sequence[Target], leaves: Sequence[Any]) -> None:
             )
 
 
+def blame(params: Any) -> str:
+    """Say where to look for what made numbers in a program NaN or infinite.
+
+    Args:
+        params: of the program; compressed leaves are not looked into.
+
+    Returns:
+        The way out, for an error.
+    """
+    for path, leaf in paths.leaves_with_path(params):
+        is_float = not is_compressed(leaf) and jnp.issubdtype(
+            jnp.result_type(leaf), jnp.inexact
+        )
+        if is_float and not _is_finite(leaf):
+            return f"look at {path!r} of the params, which is not finite"
+    return "look at the batches"
+
+
 @jax.jit
 def _is_finite(leaf: jax.Array) -> jax.Array:
     return jnp.isfinite(leaf).all()

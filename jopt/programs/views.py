@@ -106,8 +106,10 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     dims: list[tuple[Atom, ...]] = []
     for size in shape:
         dim: list[Atom] = []
+        if size == 0 and atoms and atoms[0].size == 0:
+            dim.append(atoms.pop(0))  # an axis without elements stays one
         while size > 1:
-            if not atoms:
+            if not atoms or atoms[0].size == 0:
                 return None
             atom = atoms.pop(0)
             if size % atom.size == 0:

@@ -30,6 +30,7 @@ from jopt.programs.record import track
 from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
 from jopt.programs.statistics import summed
+from jopt.programs.targets import blame
 from jopt.programs.weights import LayoutError, layout, shared_batch, weight_matrix
 from jopt.trees import paths
 from jopt.trees.layer_report import LayerReport, scientific
@@ -109,7 +110,8 @@ def correct_bias(
 
     Raises:
         TypeError: `batches` are no inputs.
-        ValueError: there is no batch, the trees differ, or no layer has a bias.
+        ValueError: `params` are compressed, there is no batch, the trees or shapes
+            differ, no layer has a bias, or what a layer gives is not finite.
 
     References:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
@@ -123,6 +125,7 @@ def correct_bias(
     >>> round(float(fixed["b"][0]), 4)  # 2.4 is stored as 2
     0.4
     """
+    _require_floats(params)
     batches, analysis = begin("correct_bias", apply, params, batches)
     if paths.leaf_paths(params) != paths.leaf_paths(packed):
         raise ValueError(
@@ -130,6 +133,7 @@ def correct_bias(
             f"{paths.leaf_paths(packed)[:5]} for {paths.leaf_paths(params)[:5]}; pass "
             "what quantizing params returned"
         )
+    _require_same_shapes(params, packed)
     layers, left = _find_layers(analysis, params, packed)
     if not layers:
         listed = "; ".join(f"{path}: {why}" for path, why in left.items())
@@ -160,7 +164,21 @@ def correct_bias(
     )
     for _, i, k in track(steps, "correcting biases", progress):
         layer = layers[i]
+        name = layer.site.name + (f"[{k}]" if _num_layers(layer) > 1 else "")
         now = passes.total(observe, treedef.unflatten(leaves), batches, {})
+        if not (_is_reached(layer, wanted, k) and _is_reached(layer, now, k)):
+            left[name] = "no input reached it"
+            continue
+        if not _is_finite(layer, wanted):
+            raise ValueError(
+                "params and batches must give finite means, got NaN or infinity at "
+                f"{name!r}; {blame(params)}"
+            )
+        if not _is_finite(layer, now):
+            raise ValueError(
+                "packed must give finite means where params do, got NaN or infinity at "
+                f"{name!r}; pass what quantizing params returned"
+            )
         shift = _means(layer, wanted) - _means(layer, now)
         if _num_layers(layer) > 1:
             axis = _stacked_axis(layer)
@@ -172,11 +190,36 @@ def correct_bias(
         change = jnp.where(layer.link.channel < 0, 0.0, change)
         bias = leaves[at]
         leaves[at] = (bias.astype(jnp.float32) + change).astype(bias.dtype)
-        name = layer.site.name + (f"[{k}]" if _num_layers(layer) > 1 else "")
         size = shift.size // _num_layers(layer)
         norm = float(jnp.sqrt(jnp.sum(shift**2) / size))
         rows.append(CorrectedRow(name, path_of[at], norm))
     return treedef.unflatten(leaves), BiasReport(tuple(rows), left)
+
+
+def _require_floats(params: Any) -> None:
+    for path, leaf in paths.leaves_with_path(params):
+        if isinstance(leaf, CompressedArray):
+            raise ValueError(
+                f"params must hold the floats, got {type(leaf).__name__} at {path!r}; "
+                "pass params first, and what quantizing them returned after it"
+            )
+
+
+def _require_same_shapes(params: Any, packed: Any) -> None:
+    floats = dict(paths.leaves_with_path(params))
+    for path, leaf in paths.leaves_with_path(packed):
+        is_compressed = isinstance(leaf, CompressedArray)
+        got = leaf.shape if is_compressed else np.shape(leaf)
+        if got != np.shape(floats[path]):
+            raise ValueError(
+                f"packed must have the shapes of params, got {got} for "
+                f"{np.shape(floats[path])} at {path!r}; pass what quantizing params "
+                "returned"
+            )
+
+
+def _is_finite(layer: _Layer, found: Mapping[str, Any]) -> bool:
+    return bool(jnp.isfinite(_means(layer, found)).all())
 
 
 def _find_layers(
@@ -295,6 +338,12 @@ def _means(layer: _Layer, found: Mapping[str, Any]) -> jax.Array:
     means = sums["sum"] / jnp.maximum(sums["rows"], 1.0)
     flat = jnp.zeros(int(np.prod(layer.shape)), jnp.float32)
     return flat.at[layer.outputs].set(means.ravel()).reshape(layer.shape)
+
+
+def _is_reached(layer: _Layer, found: Mapping[str, Any], k: int) -> bool:
+    """Tell whether a layer of a site has run, on a row at least."""
+    rows = found[layer.site.name]["rows"]
+    return bool((rows[k] if _num_layers(layer) > 1 else rows).all())
 
 
 def _outputs(site: Site, leaf: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -21,7 +21,13 @@ import jax.numpy as jnp
 from jopt.programs import channels, sites
 from jopt.programs.channels import Group
 from jopt.programs.sites import SiteTable
-from jopt.quantization.factors import channel_max, require_floats, scale_leaves
+from jopt.quantization.factors import (
+    change_leaves,
+    channel_max,
+    divide,
+    multiply,
+    require_floats,
+)
 from jopt.trees.layer_report import LayerReport
 
 
@@ -91,7 +97,8 @@ def equalize(
         Channels that are zero on one side stay as they are.
 
     Raises:
-        ValueError: a number is out of range, a leaf is compressed, or there is no pair.
+        ValueError: a number is out of range, a leaf is compressed, weights are not
+            finite, or there is no pair.
 
     References:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
@@ -127,6 +134,13 @@ def equalize(
     reasons = {p: why for p, why in left.items() if names.index(p) in multiplies}
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
+    for pair in pairs:
+        for link in (pair.made[0], *pair.read):
+            if not bool(jnp.isfinite(leaves[link.leaf]).all()):
+                raise ValueError(
+                    "params must be finite, got NaN or infinity in "
+                    f"{names[link.leaf]!r}; repair it, its ranges have no equal"
+                )
     before = [_ratio(*_ranges(leaves, pair)) for pair in pairs]
     step = jax.jit(functools.partial(_round, pairs=pairs))
     for _ in range(max_rounds):
@@ -169,7 +183,7 @@ def _round(leaves: list[Any], *, pairs: Sequence[Group]) -> tuple[list[Any], jax
         is_used = (made > 0) & (read > 0) & jnp.isfinite(made * read)
         made, read = (jnp.where(is_used, r, 1.0) for r in (made, read))
         s = jnp.sqrt(made / read)
-        leaves = scale_leaves(leaves, pair.made, 1 / s)
-        leaves = scale_leaves(leaves, pair.read, s)
+        leaves = change_leaves(divide, leaves, pair.made, s)
+        leaves = change_leaves(multiply, leaves, pair.read, s)
         moved = jnp.maximum(moved, jnp.max(jnp.abs(s - 1)))
     return leaves, moved

@@ -1,6 +1,6 @@
 """Factors per channel: the ranges that decide them, and leaves scaled by them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jopt.arrays.compressed import CompressedArray
 from jopt.programs.matching import Link
 from jopt.trees import paths
+
+Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def channel_max(values: jax.Array, link: Link, size: int) -> jax.Array:
@@ -31,34 +33,63 @@ def channel_max(values: jax.Array, link: Link, size: int) -> jax.Array:
     return jnp.zeros(size + 1, jnp.float32).at[place].max(largest)[:size]
 
 
-def scale_leaf(leaf: jax.Array, link: Link, factors: jax.Array) -> jax.Array:
-    """Multiply a leaf by one factor per channel.
+def multiply(values: jax.Array, factors: jax.Array) -> jax.Array:
+    """Multiply by float32 factors, float64 in float64 and all else in float32.
 
     Args:
-        leaf: of the link.
-        link: which channel each element has.
+        values: of any float dtype.
+        factors: float32, of a shape that broadcasts to that of the values.
+
+    Returns:
+        The products, in the dtype of the values.
+    """
+    return _in_wide(jnp.multiply, values, factors)
+
+
+def divide(values: jax.Array, factors: jax.Array) -> jax.Array:
+    """Divide by the numbers that `multiply` multiplies by, not by rounded inverses.
+
+    Args:
+        values: of any float dtype.
+        factors: float32, of a shape that broadcasts to that of the values.
+
+    Returns:
+        The quotients, in the dtype of the values.
+    """
+    return _in_wide(jnp.divide, values, factors)
+
+
+def _in_wide(run: Operation, values: jax.Array, factors: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(values.dtype, jnp.float32)
+    return run(values.astype(wide), factors.astype(wide)).astype(values.dtype)
+
+
+def change_leaves(
+    run: Operation, leaves: Sequence[Any], links: Sequence[Link], factors: jax.Array
+) -> list[Any]:
+    """Multiply or divide the leaves of links by one factor per channel.
+
+    Args:
+        run: `multiply` or `divide`.
+        leaves: of the params.
+        links: which channel each element of a leaf has.
         factors: float32 [channels].
 
     Returns:
-        The leaf, in its dtype; elements without a channel as they were.
+        The leaves, in their dtypes; elements without a channel as they were.
     """
-    by = jnp.where(link.channel < 0, 1.0, factors[jnp.maximum(link.channel, 0)])
-    return (leaf.astype(jnp.float32) * by).astype(leaf.dtype)
-
-
-def scale_leaves(
-    leaves: list[Any], links: Sequence[Link], factors: jax.Array
-) -> list[Any]:
-    """Multiply the leaves of links; see `scale_leaf`."""
     leaves = list(leaves)
     for link in links:
-        leaves[link.leaf] = scale_leaf(leaves[link.leaf], link, factors)
+        by = jnp.where(link.channel < 0, 1.0, factors[jnp.maximum(link.channel, 0)])
+        leaves[link.leaf] = run(leaves[link.leaf], by)
     return leaves
 
 
 def power_of_two(factors: jax.Array) -> jax.Array:
     """Round to the nearest power of two, by which nothing is rounded."""
-    return jnp.exp2(jnp.round(jnp.log2(factors)))
+    # `exp2` is off by a last bit for most integers on a CPU.
+    exponents = jnp.round(jnp.log2(factors)).astype(jnp.int32)
+    return jnp.ldexp(jnp.ones_like(factors), exponents)
 
 
 def require_floats(params: Any) -> None:

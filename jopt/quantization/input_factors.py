@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt.programs import passes
 from jopt.programs.handlers import Use
@@ -20,6 +21,9 @@ from jopt.programs.record import Statistic
 from jopt.programs.statistics import summed
 from jopt.programs.targets import Target
 from jopt.programs.weights import Part, parts, repeated_batch
+from jopt.quantization import factors
+
+_NOT_REACHED = "no input but zeros reached it"
 
 
 def largest_inputs() -> Statistic:
@@ -75,6 +79,24 @@ def of_target(target: Target, values: Mapping[str, Any]) -> jax.Array:
     return found
 
 
+def unreached(target: Target, largest: jax.Array) -> dict[str, str]:
+    """List the layers of a target that nothing but zeros came into.
+
+    Args:
+        target: which one.
+        largest: `[layers, batch, columns]`, the largest of what it saw.
+
+    Returns:
+        Name of a layer to the reason.
+    """
+    found = {}
+    for layer, reached in enumerate(np.asarray(jnp.any(largest > 0, axis=-1))):
+        if not reached.all():
+            count = f" in {np.sum(~reached)} of {reached.size} matrices"
+            found[target.layer_name(layer)] = _NOT_REACHED + count * (reached.size > 1)
+    return found
+
+
 def to_leaf(values: jax.Array, layout: Layout, shape: Sequence[int]) -> jax.Array:
     """Lay `[layers, batch, columns]` out as a leaf, 0 where it has none."""
     wide = jnp.broadcast_to(values[..., None], layout.sizes)
@@ -90,8 +112,8 @@ def largest_weights(leaf: jax.Array, target: Target) -> jax.Array:
 
 def scale(leaf: jax.Array, layout: Layout, s: jax.Array) -> jax.Array:
     """Multiply the matrices of a leaf by factors `[layers, batch, columns]`."""
-    matrices = layout.to_matrices(leaf).astype(jnp.float32)
-    return layout.from_matrices(matrices * s[..., None], leaf)
+    matrices = factors.multiply(layout.to_matrices(leaf), s[..., None])
+    return layout.from_matrices(matrices, leaf)
 
 
 def joined(site: Site, values: jax.Array) -> jax.Array:
@@ -155,7 +177,7 @@ def divide(site: Site, x: jax.Array, s: jax.Array) -> jax.Array:
         The input, in its dtype.
     """
     by = _as_input(site, jnp.shape(x), s)
-    return (x.astype(jnp.float32) / by).astype(x.dtype)
+    return factors.divide(x, by)
 
 
 def _as_input(site: Site, shape: Sequence[int], s: jax.Array) -> jax.Array:

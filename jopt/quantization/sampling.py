@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -49,7 +50,10 @@ def sample_tokens(
         The batches, int32, for `jopt.gptq` and all others that take batches.
 
     Raises:
-        ValueError: `apply` gives no logits of that shape, or a number is out of range.
+        TypeError: `shape` is not of two integers, or `key` no PRNG key.
+        ValueError: `apply` gives no logits of that shape, a number is out of range, or
+            logits are NaN or +inf, or -inf for all tokens (not told inside of
+            `jax.jit`).
 
     References:
         Liu et al., LLM-QAT: Data-Free Quantization Aware Training for Large Language
@@ -64,6 +68,13 @@ def sample_tokens(
     >>> ((batch[:, 1:] - batch[:, :-1]) % 3).tolist()  # always the next one
     [[1, 1, 1]]
     """
+    sizes = shape if isinstance(shape, tuple | list) else ()
+    if len(sizes) != 2 or not all(isinstance(n, int | np.integer) for n in sizes):
+        raise TypeError(
+            f"shape must be two integers (batch, length), got {shape!r}; for example "
+            "shape=(8, 512)"
+        )
+    _require_key(key)
     if min(shape) < 1 or num_batches < 1 or num_greedy < 0 or not temperature > 0:
         raise ValueError(
             "shape and num_batches must be at least 1, num_greedy 0 and temperature "
@@ -79,19 +90,42 @@ def sample_tokens(
         )
 
     @jax.jit
-    def write(params: Any, key: jax.Array) -> jax.Array:
+    def write(params: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = jax.random.fold_in(key, 0)
         first = jax.random.randint(start, shape[:1], 0, got[-1], jnp.int32)
         rows = jnp.zeros(shape, jnp.int32).at[:, 0].set(first)
 
-        def step(t: jax.Array, rows: jax.Array) -> jax.Array:
+        def step(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
+            rows, is_sound = carry
             logits = apply(params, rows).astype(jnp.float32)
             now = lax.dynamic_index_in_dim(logits, t - 1, 1, keepdims=False)
             own = jax.random.fold_in(key, t)
             drawn = jax.random.categorical(own, now / temperature)
             new = jnp.where(t <= num_greedy, jnp.argmax(now, axis=-1), drawn)
-            return rows.at[:, t].set(new.astype(jnp.int32))
+            # -inf forbids a token; NaN, +inf and -inf alone are no distribution.
+            is_sound &= jnp.isfinite(jnp.max(now, axis=-1)).all()
+            return rows.at[:, t].set(new.astype(jnp.int32)), is_sound
 
-        return lax.fori_loop(1, shape[1], step, rows)
+        return lax.fori_loop(1, shape[1], step, (rows, jnp.bool_(True)))
 
-    return [write(params, one) for one in jax.random.split(key, num_batches)]
+    batches = []
+    for i, one in enumerate(jax.random.split(key, num_batches)):
+        rows, is_sound = write(params, one)
+        if not isinstance(is_sound, jax.core.Tracer) and not bool(is_sound):
+            raise ValueError(
+                "apply must give logits that are finite, or -inf for some tokens, got "
+                f"NaN, infinity or -inf for all in batch {i}; look at the params"
+            )
+        batches.append(rows)
+    return batches
+
+
+def _require_key(key: Any) -> None:
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype == jnp.uint32 and len(shape) == 1
+    if not (is_typed and shape == ()) and not is_raw:
+        got = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
+        raise TypeError(
+            f"key must be one PRNG key, got {got}; for example key=jax.random.key(0)"
+        )

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt.programs import channels, interpret, sites
 from jopt.programs.batches import begin, check_flags, require_targets
@@ -28,16 +29,20 @@ from jopt.programs.handlers import Handler, Use
 from jopt.programs.layer_by_layer import steps_of
 from jopt.programs.record import record
 from jopt.programs.sites import Analysis
-from jopt.programs.targets import Target, find_targets
+from jopt.programs.targets import Target, blame, find_targets, require_finite
 from jopt.quantization import input_factors
 from jopt.quantization.factors import (
+    change_leaves,
     channel_max,
+    divide,
+    multiply,
     power_of_two,
     require_floats,
-    scale_leaves,
 )
 from jopt.trees import rules
 from jopt.trees.layer_report import LayerReport
+
+_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +168,9 @@ def smooth(
         `apply(smooth_params["params"], ...)` is the same.
 
     Raises:
-        TypeError: `batches` are no inputs.
+        TypeError: `batches` are no inputs, or `alpha` is no number.
         ValueError: `alpha` is not in [0, 1], a leaf is compressed, there is no batch or
-            nothing to smooth, or inputs are not finite.
+            nothing to smooth, or weights or inputs are not finite.
 
     References:
         Xiao et al., SmoothQuant, arXiv:2211.10438.
@@ -177,6 +182,8 @@ def smooth(
     >>> smooth_params["params"]["scale"], smooth_params["params"]["w"].ravel()
     (Array([0.25, 1.  ], dtype=float32), Array([4., 1.], dtype=float32))
     """
+    if not isinstance(alpha, _NUMBERS) or jnp.ndim(alpha):
+        raise TypeError(f"alpha must be a number, got {alpha!r}; 0.5 is usual")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}; 0.5 is usual")
     require_floats(params)
@@ -190,6 +197,7 @@ def smooth(
     )
     targets, left = input_factors.without_devices(targets, left)
     require_targets("smooth", "smooth", targets, left)
+    require_finite(targets, leaves)
     names = {site.name for target in targets for site, _ in target.uses}
     recording = record(
         apply,
@@ -204,8 +212,10 @@ def smooth(
         if not bool(jnp.isfinite(largest).all()):
             raise ValueError(
                 f"inputs of every site must be finite, got NaN or infinity at "
-                f"{target.name!r}; look at the batches, or leave it out with select"
+                f"{target.name!r}; {blame(params)}, or leave it out with select"
             )
+    for target, largest in zip(targets, seen, strict=True):
+        left |= input_factors.unreached(target, largest)
     work = _Work(analysis, leaves, targets, seen, alpha, powers_of_two)
     if fold:
         work.fold(channels.find_groups(analysis, params)[0])
@@ -276,8 +286,8 @@ class _Work:
                         here = channel_max(x, link, group.size)
                         inputs = jnp.maximum(inputs, here)
             s = self.factors(inputs, weights)
-            self.leaves = scale_leaves(self.leaves, group.made, 1 / s)
-            self.leaves = scale_leaves(self.leaves, group.read, s)
+            self.leaves = change_leaves(divide, self.leaves, group.made, s)
+            self.leaves = change_leaves(multiply, self.leaves, group.read, s)
             into = ", ".join(names[link.leaf] for link in group.made)
             for i in readers:
                 self.done.add(i)

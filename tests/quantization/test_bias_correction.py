@@ -90,6 +90,16 @@ def test_the_first_layer_is_the_formula():
     np.testing.assert_allclose(report["conv"].shift, norm, rtol=1e-3)
 
 
+def test_layers_that_no_row_reaches_are_listed():
+    params, packed, _, report, batches = corrected()
+    fixed, empty = jopt.correct_bias(model, params, packed, [batches[0][:0]])
+    names = {row.name for row in report}
+    assert not empty.rows
+    assert {n for n, why in empty.left_alone.items() if "no input" in why} == names
+    for a, b in zip(jax.tree.leaves(fixed), jax.tree.leaves(packed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_biases_that_are_not_there_or_shared_are_listed():
     rng = np.random.default_rng(1)
     params = {"a": normal(rng, 4, 4), "b": normal(rng, 4, 4), "bias": normal(rng, 4)}
@@ -114,6 +124,31 @@ def test_biases_that_are_not_there_or_shared_are_listed():
 
     _, report = jopt.correct_bias(residual, params, packed, [x])
     assert [row.name for row in report] == ["a"]
-    assert "not scaled" in report.left_alone["b"]
+    assert report.left_alone["b"] == "add joins it with what is no leaf"
     with pytest.raises(ValueError, match="packed must have the leaves of params"):
         jopt.correct_bias(residual, params, {"a": x}, [x])
+
+
+def test_what_is_not_finite_or_does_not_fit_raises():
+    def apply(p, x):
+        x = jnp.tanh(x @ p["a"] + p["c"][None])
+        return x @ p["b"] + p["d"][None]
+
+    rng = np.random.default_rng(2)
+    shapes = {"a": (4, 4), "c": (4,), "b": (4, 3), "d": (3,)}
+    params = {n: normal(rng, *s) for n, s in shapes.items()}
+    x = normal(rng, 8, 4)
+    packed = jopt.quantize(params, jopt.QuantSpec(jopt.formats.int4))
+    with pytest.raises(ValueError, match="infinity at 'a'; look at the batches"):
+        jopt.correct_bias(apply, params, packed, [x, x.at[0, 0].set(jnp.inf)])
+    broken = {**params, "b": params["b"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="infinity at 'b'; look at 'b' of the params"):
+        jopt.correct_bias(apply, broken, packed, [x])
+    grid = {**params, "a": params["a"].at[0, 0].set(jnp.inf)}
+    with pytest.raises(ValueError, match="packed must give finite means"):
+        jopt.correct_bias(apply, params, grid, [x])
+    with pytest.raises(ValueError, match="the floats, got QuantizedArray at 'a'"):
+        jopt.correct_bias(apply, packed, params, [x])
+    wrong = {**packed, "d": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"shapes of params, got \(2,\) for \(3,\)"):
+        jopt.correct_bias(apply, params, wrong, [x])

@@ -65,6 +65,17 @@ def test_chains_converge_and_compute_the_same():
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_float64_is_not_rounded_to_float32():
+    with jax.enable_x64(True):
+        params, x = make_chain()
+        params = {n: jnp.pi * w.astype(jnp.float64) for n, w in params.items()}
+        x = x.astype(jnp.float64)
+        equal, _ = jopt.equalize(chain, params, x)
+        got, want = chain(equal, x), chain(params, x)
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_convolutions_depthwise_flattened_stacked_gated_and_attention():
     rng = np.random.default_rng(1)
 
@@ -139,6 +150,10 @@ def test_zeros_stay_and_what_is_used_twice_is_left_alone():
 
     with pytest.raises(ValueError, match="'b' multiplies something else too"):
         jopt.equalize(other, params, x)
+    for name, value in (("a", jnp.inf), ("b", jnp.nan)):
+        broken = {**params, name: params[name].at[0, 0].set(value)}
+        with pytest.raises(ValueError, match=f"NaN or infinity in '{name}'; repair it"):
+            jopt.equalize(chain, broken, x)
     packed = jopt.quantize(params, jopt.QuantSpec(jopt.formats.int8))
     with pytest.raises(ValueError, match="plain arrays, got QuantizedArray at 'a'"):
         jopt.equalize(chain, packed, x)

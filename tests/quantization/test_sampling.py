@@ -95,3 +95,23 @@ def test_wrong_arguments_raise(table):
         jopt.sample_tokens(
             bigram, table, key, shape=(2, 3), num_batches=1, temperature=0
         )
+    for shape in ((3,), 3, (2, 3.0)):
+        with pytest.raises(TypeError, match=r"two integers \(batch, length\), got"):
+            jopt.sample_tokens(bigram, table, key, shape=shape, num_batches=1)
+    with pytest.raises(TypeError, match="key must be one PRNG key, got 0"):
+        jopt.sample_tokens(bigram, table, 0, shape=(2, 3), num_batches=1)
+
+
+def test_logits_that_are_no_distribution_raise():
+    def sample(value, at=slice(None)):
+        table = {"next": jnp.zeros((SIZE, SIZE)).at[:, at].set(value)}
+        key = jax.random.key(0)
+        return jopt.sample_tokens(bigram, table, key, shape=(2, 4), num_batches=1)
+
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        with pytest.raises(ValueError, match="NaN, infinity or -inf for all in batch"):
+            sample(value)
+    with pytest.raises(ValueError, match="NaN, infinity or -inf for all in batch"):
+        sample(jnp.nan, at=2)
+    (rows,) = sample(-jnp.inf, at=2)  # a token that is forbidden
+    assert not np.any(rows[:, 1:] == 2)

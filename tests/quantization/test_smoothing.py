@@ -89,6 +89,22 @@ def test_powers_of_two_change_no_bit():
     assert set(smoothed["input_scales"]) == {"q", "k", "weird name"}
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_float64_is_not_rounded_to_float32(fold):
+    with jax.enable_x64(True):
+        params, x = outliers()
+        params = {n: jnp.pi * w.astype(jnp.float64) for n, w in params.items()}
+        x = jnp.asarray(x, jnp.float64)
+        want = jax.jit(outlier_model)(params, x)
+        for powers_of_two, tolerance in ((True, 0.0), (False, 1e-12)):
+            smooth_apply, smoothed = jopt.smooth(
+                outlier_model, params, [x], powers_of_two=powers_of_two, fold=fold
+            )
+            got = jax.jit(smooth_apply)(smoothed, x)
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
 def test_int8_products_really_run_and_are_much_better():
     params, x = outliers()
     exact = outlier_model(params, x)
@@ -178,12 +194,36 @@ def test_folded_whole_it_is_the_function_itself():
     assert "Dense_0" in str(smooth_apply.report)
 
 
+def test_layers_that_no_row_reaches_are_listed():
+    params, x = outliers()
+    for batches in ([x[:0]], [x[:0], x]):
+        smooth_apply, smoothed = jopt.smooth(outlier_model, params, batches)
+        assert [row.into for row in smooth_apply.report] == ["folded", "folded", "kept"]
+        reasons = set(smooth_apply.report.left_alone.values())
+        if len(batches) == 1:
+            assert reasons == {"no input but zeros reached it"}
+            assert all(r.smallest == r.largest == 1 for r in smooth_apply.report)
+    assert not reasons
+    _, want = jopt.smooth(outlier_model, params, [x])
+    for a, b in zip(jax.tree.leaves(smoothed), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_what_cannot_be_is_said():
     params, x = outliers()
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
         jopt.smooth(outlier_model, params, [x], alpha=2)
     with pytest.raises(ValueError, match="finite, got NaN or infinity at 'k'"):
         jopt.smooth(outlier_model, params, [x * jnp.nan])
+    with pytest.raises(TypeError, match="alpha must be a number, got 'x'"):
+        jopt.smooth(outlier_model, params, [x], alpha="x")
+    for name, value in (("q", jnp.nan), ("weird name", jnp.inf)):
+        broken = {**params, name: params[name].at[0, 0].set(value)}
+        with pytest.raises(ValueError, match=f"NaN or infinity in '{name}'; repair it"):
+            jopt.smooth(outlier_model, broken, [x])
+    broken = {**params, "scale": params["scale"].at[0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="at 'k'; look at 'scale' of the params"):
+        jopt.smooth(outlier_model, broken, [x])
     packed = jopt.quantize(params, INT8)
     with pytest.raises(ValueError, match="plain arrays, got QuantizedArray"):
         jopt.smooth(outlier_model, packed, [x])
