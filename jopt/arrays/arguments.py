@@ -79,12 +79,12 @@ def check_path(path: Any) -> None:
         )
 
 
-def check_key(key: Any) -> None:
-    """Raise for what is no single PRNG key; None passes."""
+def check_key(key: Any, *, is_optional: bool = True) -> None:
+    """Raise for what is no single PRNG key; None passes where there need be none."""
     dtype, shape = getattr(key, "dtype", None), np.shape(key)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     is_raw = dtype == jnp.uint32 and len(shape) == 1
-    if key is None or (is_typed and shape == ()) or is_raw:
+    if (key is None and is_optional) or (is_typed and shape == ()) or is_raw:
         return
     got = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
     raise TypeError(

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jopt.arrays.arguments import check_key
+
 
 def sample_tokens(
     apply: Callable[..., Any],
@@ -74,7 +76,7 @@ def sample_tokens(
             f"shape must be two integers (batch, length), got {shape!r}; for example "
             "shape=(8, 512)"
         )
-    _require_key(key)
+    check_key(key, is_optional=False)
     if min(shape) < 1 or num_batches < 1 or num_greedy < 0 or not temperature > 0:
         raise ValueError(
             "shape and num_batches must be at least 1, num_greedy 0 and temperature "
@@ -118,14 +120,3 @@ def sample_tokens(
             )
         batches.append(rows)
     return batches
-
-
-def _require_key(key: Any) -> None:
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_raw = dtype == jnp.uint32 and len(shape) == 1
-    if not (is_typed and shape == ()) and not is_raw:
-        got = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
-        raise TypeError(
-            f"key must be one PRNG key, got {got}; for example key=jax.random.key(0)"
-        )
