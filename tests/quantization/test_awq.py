@@ -74,7 +74,8 @@ def test_the_search_is_that_of_numpy(group):
     gram, magnitudes = x.T @ x, np.abs(x).mean(axis=0)
     losses = []
     for clip in (False, True):
-        values, _, s = awq_matrix(w, gram, magnitudes, spec, clip=clip)
+        found = awq_matrix(w, gram, magnitudes, spec, clip=clip)
+        values, s = found.values, found.input_scale
         lost = w - np.asarray(values / s[:, None], np.float64)
         losses.append(np.square(x @ lost).sum())
         want = scaled(magnitudes, np.argmin(by_alpha) / 20)
