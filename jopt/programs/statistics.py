@@ -123,6 +123,8 @@ def gram_below(x: jax.Array) -> jax.Array:
     for start, stop in _parts(columns):
         part = product(x[..., start:stop], x[..., :stop])
         below = below.at[:, start:stop, :stop].set(part)
+        # One part after the other: together they would be held beside the whole.
+        x, below = jax.lax.optimization_barrier((x, below))  # type: ignore[no-untyped-call]
     return below
 
 
@@ -140,6 +142,8 @@ def mirrored(gram: jax.Array) -> jax.Array:
     for start, stop in _parts(gram.shape[-1])[1:]:
         part = jnp.swapaxes(gram[..., start:stop, :start], -1, -2)
         gram = gram.at[..., :start, start:stop].set(part)
+        # One part after the other, as above.
+        gram = jax.lax.optimization_barrier(gram)  # type: ignore[no-untyped-call]
     return gram
 
 
