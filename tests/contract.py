@@ -112,6 +112,9 @@ WRAPPERS = {
         projection=jopt.projections.freeze_oscillations(0.3, momentum=0.5),
         begin_step=1,
     ),
+    "quantize_full_range": snapped(
+        jopt.QuantSpec(jopt.formats.int4, narrow_range=False)
+    ),
     "quantize_damped": snapped(INT8, scales="static", damping=0.1),
     "cluster": lambda inner: jopt.cluster_weights(inner, 4, begin_step=1),
     "cluster_zeros": lambda inner: jopt.cluster_weights(

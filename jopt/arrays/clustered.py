@@ -70,16 +70,6 @@ class ClusteredArray(CompressedArray):
         """How many values a codebook has, an exact zero included."""
         return int(self.codebook.shape[-2]) + self.keeps_zero
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of codes and codebooks."""
-        return sum(c.size * c.dtype.itemsize for c in (self.codes, self.codebook))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of codes and codebooks over the number of elements."""
-        return 8 * self.nbytes / max(self.size, 1)
-
     def to_array(self) -> jax.Array:
         """Look every code up."""
         return _look_up(self)

@@ -41,6 +41,16 @@ class CompressedArray(abc.ABC):
         """The number of elements."""
         return int(np.prod(self.shape))
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all children."""
+        return sum(c.size * c.dtype.itemsize for c in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all children over the number of elements."""
+        return 8 * self.nbytes / max(self.size, 1)
+
     @abc.abstractmethod
     def to_array(self) -> jax.Array:
         """Compute the array that it stands for."""

@@ -27,7 +27,8 @@ from jax import lax
 
 from jopt.arrays.units import unit_of
 
-# (points [n, d], importance [n, d], num_clusters, key) -> centroids [num_clusters, d]
+# (points [n, d], importance [n, d], num_clusters, key) -> centroids [num_clusters, d];
+# importance up to a factor.
 StartFunction = Callable[[jax.Array, jax.Array, int, jax.Array | None], jax.Array]
 Start = Literal["linear", "density", "k-means++"] | StartFunction
 

@@ -127,16 +127,6 @@ class QuantizedArray(CompressedArray):
             shape[-2:] = shape[-1], shape[-2]
         return tuple(shape)
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all children."""
-        return sum(c.size * c.dtype.itemsize for c in jax.tree.leaves(self))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all children over the number of elements."""
-        return 8 * self.nbytes / max(self.size, 1)
-
     def to_array(self) -> jax.Array:
         """Compute the floats that the codes stand for, as `dequantize` does."""
         return _dequantize(self)

@@ -69,16 +69,6 @@ class QuantizedPlusLowRank(CompressedArray):
         """The number of columns of the first factor."""
         return int(self.lora_a.shape[self.outputs[-1]])
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all children."""
-        return sum(c.size * c.dtype.itemsize for c in jax.tree.leaves(self))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all children over the number of elements."""
-        return 8 * self.nbytes / max(self.size, 1)
-
     def factors(self) -> tuple[tuple[jax.Array, str], tuple[jax.Array, str]]:
         """Return both factors without axes of size one, and their axes as letters.
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt.arrays.arguments import check_flags as check_flags
 from jopt.arrays.arguments import check_function
 from jopt.programs import flags, sites
 from jopt.programs.record import inputs_of, require_batches

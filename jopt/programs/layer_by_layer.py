@@ -20,7 +20,7 @@ from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
 from jopt.programs.targets import Target
 
-_NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
+NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
 
 
 class Work(Protocol):
@@ -172,18 +172,32 @@ def settle(
             f" look at the batches, or leave {target.path!r} out with select"
         )
     if not outcome.is_met:
-        left[target.name] = _NOT_MET
+        left[target.name] = NOT_MET
         return False
     if not outcome.is_solved:
         raise ValueError(
             "damping must make every Gram matrix positive definite, got one that "
             f"is not at {name!r}; raise damping, or bring more rows than inputs"
         )
-    reached = outcome.reached
+    list_unreached(target, layer, outcome.reached, left, unreached)
+    return True
+
+
+def list_unreached(
+    target: Target, layer: int, reached: Any, left: dict[str, str], why: str
+) -> None:
+    """List a layer with matrices that no inputs reached.
+
+    Args:
+        target: which one.
+        layer: which layer of it.
+        reached: `[batch]`, of the host: which matrices inputs reached.
+        left: name of a layer to why it is left alone; grows.
+        why: what is said of it.
+    """
     if not reached.all():
         count = f" in {np.sum(~reached)} of {reached.size} matrices"
-        left[name] = unreached + count * (reached.size > 1)
-    return True
+        left[target.layer_name(layer)] = why + count * (reached.size > 1)
 
 
 def steps_of(analysis: Analysis, targets: Sequence[Target]) -> list[Step]:

@@ -117,19 +117,19 @@ def scale_and_round(
     """
     del squares
     gram, magnitudes = prepared[:-1], prepared[-1]
-    count = options["num_alphas"]
+    count, unit = options["num_alphas"], unit_of(weights)
 
     def loss(alpha: jax.Array) -> jax.Array:
         by_input = input_scale(magnitudes, alpha)
         values, _ = _rounded(weights, by_input, spec)
-        return jnp.sum(_losses(weights, values, by_input, gram))
+        return jnp.sum(_losses(weights, values, by_input, gram, unit))
 
     alphas = jnp.arange(count, dtype=jnp.float32) / count
     best = alphas[jnp.argmin(lax.map(loss, alphas))]
     by_input = input_scale(magnitudes, best)
     values, own = _rounded(weights, by_input, spec)
     if options["clip"] and scale.outer_scale is None:
-        values, own = _clipped(weights, by_input, gram, values, own, spec)
+        values, own = _clipped(weights, by_input, gram, unit, values, own, spec)
     return Solved(values, own, by_input)
 
 
@@ -159,13 +159,17 @@ def _rounded(
 
 
 def _losses(
-    weights: jax.Array, values: jax.Array, by_input: jax.Array, gram: jax.Array
+    weights: jax.Array,
+    values: jax.Array,
+    by_input: jax.Array,
+    gram: jax.Array,
+    unit: jax.Array,
 ) -> jax.Array:
     """Return what each output loses, [outputs]; or each of each group, with groups.
 
-    In the unit of the weights, whose squares are numbers there.
+    In a unit of the weights, whose squares are numbers there.
     """
-    lost = (weights - values / by_input[:, None]) / unit_of(weights)
+    lost = (weights - values / by_input[:, None]) / unit
     if gram.ndim == 3:
         lost = lost.reshape(*gram.shape[:2], -1)
     seen = jnp.matmul(gram, lost, precision=lax.Precision.HIGHEST)
@@ -176,6 +180,7 @@ def _clipped(
     weights: jax.Array,
     by_input: jax.Array,
     gram: jax.Array,
+    unit: jax.Array,
     values: jax.Array,
     own: Scale,
     spec: QuantSpec,
@@ -194,18 +199,18 @@ def _clipped(
         return scale_levels(levels, less, jnp.float32), less
 
     def step(best: Any, share: jax.Array) -> tuple[Any, None]:
-        loss = _losses(weights, at(share)[0], by_input, blocks)
+        loss = _losses(weights, at(share)[0], by_input, blocks, unit)
         is_better = loss < best[0]
         return (
             jnp.where(is_better, loss, best[0]),
             jnp.where(is_better, share, best[1]),
         ), None
 
-    first = _losses(weights, values, by_input, blocks), jnp.ones_like(low)
+    first = _losses(weights, values, by_input, blocks, unit), jnp.ones_like(low)
     shares = 1.0 - jnp.arange(1, _NUM_SHARES, dtype=jnp.float32) / 20
     (_, share), _ = lax.scan(step, first, shares)
     new = at(share)
-    losses = [_losses(weights, v, by_input, gram) for v in (new[0], values)]
+    losses = [_losses(weights, v, by_input, gram, unit) for v in (new[0], values)]
     is_better = losses[0] < losses[1]
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jopt.programs import passes
 from jopt.programs.handlers import Use
+from jopt.programs.layer_by_layer import list_unreached
 from jopt.programs.layouts import Layout
 from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
@@ -89,11 +90,9 @@ def unreached(target: Target, largest: jax.Array) -> dict[str, str]:
     Returns:
         Name of a layer to the reason.
     """
-    found = {}
+    found: dict[str, str] = {}
     for layer, reached in enumerate(np.asarray(jnp.any(largest > 0, axis=-1))):
-        if not reached.all():
-            count = f" in {np.sum(~reached)} of {reached.size} matrices"
-            found[target.layer_name(layer)] = _NOT_REACHED + count * (reached.size > 1)
+        list_unreached(target, layer, reached, found, _NOT_REACHED)
     return found
 
 

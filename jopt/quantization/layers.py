@@ -229,7 +229,7 @@ def quantize_layers(
     if method.refuse is not None:
         refused = {target.path: method.refuse(target) for target in targets}
         left |= {path: why for path, why in refused.items() if why is not None}
-        targets = [target for target in targets if target.path not in left]
+        targets = [target for target in targets if refused[target.path] is None]
     require_targets(method.name, "quantize", targets, left)
     if method.has_own_scales or correction:
         for target in targets:

@@ -28,6 +28,7 @@ from jopt.arrays.hadamard import block_size, hadamard_transform
 from jopt.programs import flags, interpret, passes, sites
 from jopt.programs.batches import begin, require_targets
 from jopt.programs.handlers import Handler, Use, to_array
+from jopt.programs.layer_by_layer import NOT_MET
 from jopt.programs.layouts import Layout
 from jopt.programs.producers import contracted_axes
 from jopt.programs.spread import as_automatic, automatic, beside, placed_as
@@ -36,7 +37,6 @@ from jopt.trees import rules
 from jopt.trees.layer_report import LayerReport
 
 _JOIN = " & "
-_NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _met(
             continue
         for i in group.targets:
             shares = "it shares its rotation with a leaf that is left alone"
-            left[plan.targets[i].path] = shares if met[i] else _NOT_MET
+            left[plan.targets[i].path] = shares if met[i] else NOT_MET
     return Plan(plan.targets, tuple(groups), left)
 
 

@@ -143,6 +143,19 @@ def _reason(
     analysis: Analysis, path: str, leaf: int, found: Sequence[Target]
 ) -> str | None:
     """Say why a leaf cannot be rotated, if it cannot."""
+    reason = _obstacle(analysis, path, leaf, found)
+    if reason is not None:
+        return reason
+    sizes = next(sizes_of(t.uses[0][0]) for t in found if t.leaf == leaf)
+    if all(block_size(n) == 1 for n in sizes):
+        return f"{math.prod(sizes)} inputs, an odd number, have no Hadamard matrix"
+    return None
+
+
+def _obstacle(
+    analysis: Analysis, path: str, leaf: int, found: Sequence[Target]
+) -> str | None:
+    """Say why a leaf must stay what it is, whatever the sizes."""
     table = analysis.table
     uses = [site for t in found if t.leaf == leaf for site, _ in t.uses]
     known = {site.name for site in uses}
@@ -155,9 +168,6 @@ def _reason(
         return f"{strange.primitive} reads it, not a product of matrices"
     if len({sizes_of(site) for site in uses}) > 1:
         return "its sites contract it along different axes"
-    sizes = sizes_of(uses[0])
-    if all(block_size(n) == 1 for n in sizes):
-        return f"{math.prod(sizes)} inputs, an odd number, have no Hadamard matrix"
     inputs = [s.in_shapes[1 - s.operand].dtype for s in uses]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in inputs):
         return "its inputs are no floats"
@@ -206,9 +216,8 @@ def _position(
         if site.key != producer.key:
             continue
         same = [t for t in targets if t.leaf == target.leaf]
-        reason = _reason(analysis, target.path, target.leaf, same)
-        is_odd = reason is not None and reason.endswith("no Hadamard matrix")
-        is_free = reason is None or is_odd
+        # Its outputs take a rotation though its inputs may be of an odd number.
+        is_free = _obstacle(analysis, target.path, target.leaf, same) is None
         whole = part.axis is None and target.layout.is_whole
         return i if is_free and whole and not others else None
     return None

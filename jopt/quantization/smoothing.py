@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jopt.arrays.arguments import check_flags, check_share
 from jopt.programs import channels, interpret, sites
-from jopt.programs.batches import begin, check_flags, require_targets
+from jopt.programs.batches import begin, require_targets
 from jopt.programs.channels import Group
 from jopt.programs.handlers import Handler, Use
 from jopt.programs.layer_by_layer import steps_of
@@ -41,8 +41,6 @@ from jopt.quantization.factors import (
 )
 from jopt.trees import rules
 from jopt.trees.layer_report import LayerReport
-
-_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +180,7 @@ def smooth(
     >>> smooth_params["params"]["scale"], smooth_params["params"]["w"].ravel()
     (Array([0.25, 1.  ], dtype=float32), Array([4., 1.], dtype=float32))
     """
-    if not isinstance(alpha, _NUMBERS) or jnp.ndim(alpha):
-        raise TypeError(f"alpha must be a number, got {alpha!r}; 0.5 is usual")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}; 0.5 is usual")
+    check_share("alpha", alpha, "0.5 is usual")
     require_floats(params)
     check_flags(fold=fold, powers_of_two=powers_of_two, progress=progress)
     batches, analysis = begin("smooth", apply, params, batches)

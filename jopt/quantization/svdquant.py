@@ -237,8 +237,10 @@ def split_and_round(
     found = _round(rest, prepared, squares, own, spec, options)
     if options["refit"]:
         assert prepared is not None
-        below = jnp.tril(prepared, -1)
-        gram = below + below.T + jnp.diag(squares)
+        gram = prepared
+        if options["residual_method"] == "gptq":  # what is above is its own
+            below = jnp.tril(prepared, -1)
+            gram = below + below.T + jnp.diag(squares)
         lost = weights - found.values
         again = low_rank_factors(lost, gram, rank, damping=damping)
         again = _rounded(again, dtype)
