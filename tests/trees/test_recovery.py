@@ -72,7 +72,7 @@ def test_wrong_steps_and_metadata_are_refused(tmp_path):
     for step in (True, 1.0, -1):
         with pytest.raises(ValueError, match="step must be an integer"):
             save(tmp_path, {"x": 1}, step=step)
-    with pytest.raises(TypeError, match="metadata must be JSON"):
+    with pytest.raises(TypeError, match="metadata must be a dict of JSON"):
         save(tmp_path, {"x": 1}, metadata={"a": jnp.ones(1)})
     assert steps(tmp_path) == []
 
