@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _TILE = 512  # of a Gram matrix
-_OUTPUTS = 512
+_OUTPUTS = 256
 
 
 def squared_norms(

@@ -88,8 +88,9 @@ def require_pairs(table: SiteTable) -> None:
             )
 
 
-def _moments(use: Use) -> jax.Array:
+def _moments(use: Use, onto: jax.Array | None = None) -> jax.Array:
     # Along an axis that is there: what JAX gathers along a new one has, on an explicit
     # mesh, the sharding of the axes before it was added.
     x, floats = lax.all_gather(input_matrix(use)[None], _COPIES, tiled=True)
-    return jnp.stack([gram_below(x), product(x, floats - x)], axis=1)
+    moments = jnp.stack([gram_below(x), product(x, floats - x)], axis=1)
+    return moments if onto is None else onto + moments

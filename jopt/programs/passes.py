@@ -27,7 +27,7 @@ from jopt.programs.operations import Site
 from jopt.programs.probes import seen_at
 from jopt.programs.record import inputs_of
 from jopt.programs.targets import Target
-from jopt.programs.weights import Part, parts, shared_batch
+from jopt.programs.weights import Part, parts, shared_batch, shares_batch
 
 # "magnitudes" is the Gram matrix with one more row below it, the sums of |x|; "drift"
 # the Gram matrix, and X^T (X' - X) with the inputs X' that the floats give.
@@ -72,6 +72,7 @@ def total(
     for item in batches:
         now = run(params, flags.fix(inputs_of(item)), values)
         found = now if found is None else _add(found, now)
+        del now  # before the next one is made
         # A pass that is on its way holds what it will find; more than one need not be.
         jax.block_until_ready(found)  # type: ignore[no-untyped-call]
     return found
@@ -120,20 +121,21 @@ def moments_of_some(
         The pass; its values are what `asked` returns. It gives `moments`, the sum of
         those asked for by shape, and `seen` by site name.
     """
-    return jax.jit(some_moments(apply, targets, lambda use: _moments(kind, use)))
+    return jax.jit(some_moments(apply, targets, functools.partial(_moments, kind)))
 
 
 def some_moments(
     apply: Callable[..., Any],
     targets: Sequence[Target],
-    moments_of: Callable[[Use], jax.Array],
+    moments_of: Callable[..., jax.Array],
 ) -> Pass:
     """Return a pass that keeps what is asked for, to be compiled.
 
     Args:
         apply: the function.
         targets: whose sites may be asked for.
-        moments_of: what to keep of a site, `[batch, ...]`, a sum over rows.
+        moments_of: `(use, onto=None)` to what to keep of a site, `[batch, ...]`, a sum
+            over rows, and added to `onto` where there is one.
 
     Returns:
         The pass, as `moments_of_some`.
@@ -148,23 +150,26 @@ def some_moments(
         def call(use: Use) -> tuple[jax.Array, Any]:
             nothing = _typed_zeros(statistic.summarize, use)
 
-            def if_asked(name: str, before: Any) -> Any:
+            def if_asked(name: str, before: Any = None) -> Any:
                 def add() -> Any:
+                    if before is not None and not shares_batch(use.site, view):
+                        return compat.vary(moments_of(use, before))
                     now = statistic.summarize(use)[name]
-                    return compat.vary(jax.tree.map(jnp.add, before, now))
+                    return compat.vary(now if before is None else before + now)
 
-                return jax.lax.cond(use.value[name], add, lambda: compat.vary(before))
+                rest = nothing[name] if before is None else before
+                return jax.lax.cond(use.value[name], add, lambda: compat.vary(rest))
 
-            found = {"seen": if_asked("seen", nothing["seen"])}
+            view = parts(use.site)[0].view
+            found = {"seen": if_asked("seen")}
             if compat.trace_state() == outside:
                 # One site after the other into one sum: side by side, what they do
                 # not find would take the room of what they might. Out here a site is
                 # run once per trace; what is traced again is inside of something.
                 key = str(nothing["moments"].shape)
-                before = moments.get(key, nothing["moments"])
-                moments[key] = if_asked("moments", before)
+                moments[key] = if_asked("moments", moments.get(key))
             else:  # inside of a loop, a branch or a remat
-                found["moments"] = if_asked("moments", nothing["moments"])
+                found["moments"] = if_asked("moments")
             return use.run(), found
 
         handler = Handler(
@@ -284,15 +289,18 @@ def seen_by(target: Target, seen: Mapping[str, Any]) -> jax.Array:
     return functools.reduce(jnp.add, each)
 
 
-def _moments(kind: Moments, use: Use) -> jax.Array:
+def _moments(kind: Moments, use: Use, onto: jax.Array | None = None) -> jax.Array:
     """Keep what meets the weights."""
     if kind == "squares":
         squares: jax.Array = statistics.norms().summarize(use)["squares"]
-        return squares
-    moments = statistics.gram_below(input_matrix(use))
+        return squares if onto is None else onto + squares
+    x = input_matrix(use)
+    moments = statistics.gram_below(x, onto)
     if kind == "magnitudes":
-        sums = jnp.sum(jnp.abs(input_matrix(use)), axis=1, keepdims=True)
-        moments = jnp.concatenate([moments, gather_values(sums)], axis=1)
+        sums = gather_values(jnp.sum(jnp.abs(x), axis=1))
+        if onto is None:
+            moments = jnp.pad(moments, ((0, 0), (0, 1), (0, 0)))
+        moments = moments.at[:, -1].add(sums)
     return moments
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jopt.arrays.axes import gather_values, named_sharding
+from jopt.arrays.axes import gather_values, named_sharding, varying_axes
 from jopt.programs.handlers import Use, to_array
 from jopt.programs.matrices import input_matrix
 from jopt.programs.operations import Site
@@ -104,57 +105,101 @@ def gram() -> Statistic:
     return summed(summarize)
 
 
-def gram_below(x: jax.Array) -> jax.Array:
+def gram_below(x: jax.Array, onto: jax.Array | None = None) -> jax.Array:
     """Return X^T X, of large matrices only what is on the diagonal and below.
 
-    What is above is a copy of what is below, and half of the work; `mirrored` puts it
-    there when all is added up.
+    What is above is a copy of what is below, and near half of the work; `mirrored` puts
+    it there when all is added up. Tile after tile, each added where it belongs: nothing
+    of the size of the matrix is held beside it.
 
     Args:
         x: float32 [batch, rows, columns].
+        onto: [batch, columns or more, columns], what to add it to; None for zeros.
 
     Returns:
-        [batch, columns, columns]; above its diagonal blocks there are zeros.
+        `onto` with X^T X added to its first rows; nothing is added above the tiles of
+        its diagonal.
     """
-    columns = x.shape[-1]
-    if _on_every_device(x) is not None:
-        return product(x, x)
-    below = jnp.zeros((x.shape[0], columns, columns), jnp.float32)
-    for start, stop in _parts(columns):
-        part = product(x[..., start:stop], x[..., :stop])
-        below = below.at[:, start:stop, :stop].set(part)
-        # One part after the other: together they would be held beside the whole.
-        x, below = jax.lax.optimization_barrier((x, below))  # type: ignore[no-untyped-call]
-    return below
+    batch, _, columns = x.shape
+    num_tiles = _num_tiles(columns)
+    if _on_every_device(x) is not None or num_tiles == 1:
+        whole = product(x, x)
+        return whole if onto is None else onto.at[:, :columns].add(whole)
+    tile = columns // num_tiles
+    pairs = [(i * tile, j * tile) for i in range(num_tiles) for j in range(i + 1)]
+    starts = jnp.array(pairs, jnp.int32)
+
+    def add(step: Any, found: jax.Array) -> jax.Array:
+        i, j = starts[step]
+        left, right = (lax.dynamic_slice_in_dim(x, at, tile, 2) for at in (i, j))
+        before = lax.dynamic_slice(found, (0, i, j), (batch, tile, tile))
+        return lax.dynamic_update_slice(found, before + product(left, right), (0, i, j))
+
+    if onto is None:
+        onto = jnp.zeros((batch, columns, columns), jnp.float32)
+    missing = tuple(a for a in varying_axes(x) if a not in varying_axes(onto))
+    if missing:  # in a `shard_map`
+        onto = lax.pcast(onto, missing, to="varying")
+    return lax.fori_loop(0, len(pairs), add, onto)
 
 
 def mirrored(gram: jax.Array) -> jax.Array:
-    """Copy what is below the diagonal to where it is above.
+    """Copy what is below the diagonal to where it is above, in its place.
 
     Args:
         gram: [..., columns, columns], as `gram_below` returned it, or sums of that;
             further rows stay as they are.
 
     Returns:
-        The symmetric matrices.
+        The symmetric matrices; what was computed whole is as it was, symmetric but for
+        rounding.
     """
-    # Part after part and not by a mask, which JAX 0.10 folds for minutes.
-    for start, stop in _parts(gram.shape[-1])[1:]:
-        part = jnp.swapaxes(gram[..., start:stop, :start], -1, -2)
-        gram = gram.at[..., :start, start:stop].set(part)
-        # One part after the other, as above.
-        gram = jax.lax.optimization_barrier(gram)  # type: ignore[no-untyped-call]
-    return gram
+    columns = gram.shape[-1]
+    num_tiles = _num_tiles(columns)
+    if num_tiles == 1:
+        return gram
+    width = columns // num_tiles
+
+    def copy(step: Any, gram: jax.Array) -> jax.Array:
+        start = step * width
+        below = lax.dynamic_slice_in_dim(gram, start, width, gram.ndim - 2)
+        here = lax.dynamic_slice_in_dim(gram, start, width, gram.ndim - 1)
+        here, rest = here[..., :columns, :], here[..., columns:, :]
+        row, column = (
+            lax.broadcasted_iota(jnp.int32, here.shape, gram.ndim - 2 + axis)
+            for axis in (0, 1)
+        )
+        is_above = row < start + column
+        here = jnp.where(is_above, jnp.swapaxes(below, -1, -2), here)
+        here = jnp.concatenate([here, rest], axis=-2)
+        return lax.dynamic_update_slice_in_dim(gram, here, start, gram.ndim - 1)
+
+    return lax.fori_loop(0, num_tiles, copy, gram)
 
 
-def _parts(columns: int) -> list[tuple[int, int]]:
-    """Cut columns into parts, whose own products are computed whole."""
-    width = columns if columns < _LARGE else -(-columns // _PARTS)
-    starts = range(0, columns, max(width, 1))
-    return [(start, min(start + width, columns)) for start in starts]
+def squares_and_whole(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the diagonal, and the matrix `mirrored`.
+
+    Args:
+        gram: [batch, columns or more, columns].
+
+    Returns:
+        [batch, columns], and `gram` in its place.
+    """
+    squares = jnp.diagonal(gram, axis1=1, axis2=2)
+    # Read before anything is written, or the compiler keeps a copy to read it from.
+    squares, gram = lax.optimization_barrier((squares, gram))  # type: ignore[no-untyped-call]
+    return squares, mirrored(gram)
 
 
-_PARTS, _LARGE = 8, 1024
+def _num_tiles(columns: int) -> int:
+    """Say into how many tiles of one size the columns are cut."""
+    if columns < _LARGE:
+        return 1
+    return next(n for n in range(_MOST_TILES, 0, -1) if columns % n == 0)
+
+
+_MOST_TILES, _LARGE = 8, 1024
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -171,7 +216,7 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
         "bmk,bml->bkl",
         x,
         y,
-        precision=jax.lax.Precision.HIGHEST,
+        precision=lax.Precision.HIGHEST,
         out_sharding=_on_every_device(x),
     )
 

@@ -208,6 +208,19 @@ def layered(site: Site, view: View | None, shape: Sequence[int]) -> tuple[bool, 
     )
 
 
+def shares_batch(site: Site, view: View | None = None) -> bool:
+    """Say whether one matrix is repeated along batch dimensions.
+
+    Args:
+        site: with a layout.
+        view: as in `layout`.
+
+    Returns:
+        Whether `shared_batch` adds anything up.
+    """
+    return bool(_repeated(_batch(site, view)))
+
+
 def shared_batch(site: Site, value: jax.Array, view: View | None = None) -> jax.Array:
     """Add up what meets the same matrix, repeated along batch dimensions.
 
@@ -220,7 +233,7 @@ def shared_batch(site: Site, value: jax.Array, view: View | None = None) -> jax.
         `[batch, ...]`, the batch of the layout.
     """
     atoms = _batch(site, view)
-    repeated = tuple(i for i, atom in enumerate(atoms) if atom.axis == REPEATED)
+    repeated = _repeated(atoms)
     if not repeated:
         return value
     split = value.reshape([*(atom.size for atom in atoms), *value.shape[1:]])
@@ -244,6 +257,10 @@ def repeated_batch(site: Site, value: jax.Array, view: View | None = None) -> ja
     whole = [atom.size for atom in atoms]
     split = jnp.broadcast_to(value.reshape([*own, *rest]), [*whole, *rest])
     return split.reshape(-1, *rest)
+
+
+def _repeated(atoms: Sequence[Atom]) -> tuple[int, ...]:
+    return tuple(i for i, atom in enumerate(atoms) if atom.axis == REPEATED)
 
 
 def _batch(site: Site, view: View | None) -> list[Atom]:

@@ -31,7 +31,7 @@ from jopt.programs.spread import (
     on_every_device,
     placed_as,
 )
-from jopt.programs.statistics import mirrored
+from jopt.programs.statistics import squares_and_whole
 from jopt.programs.targets import Target
 from jopt.pruning.goals import Goal
 
@@ -119,8 +119,7 @@ def _check_one(columns: int, outputs: int, goal: Goal, method: Method) -> None:
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=0)
 def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
-    squares = jnp.diagonal(gram, axis1=1, axis2=2)
-    gram = mirrored(gram)
+    squares, gram = squares_and_whole(gram)
     return Inputs(each(lambda g: _prepare(g, method), gram), squares)
 
 

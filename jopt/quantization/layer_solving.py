@@ -37,7 +37,7 @@ from jopt.programs.spread import (
     on_every_device,
     placed_as,
 )
-from jopt.programs.statistics import mirrored
+from jopt.programs.statistics import mirrored, squares_and_whole
 from jopt.programs.targets import Target
 from jopt.quantization.layer_scales import layer_scale
 
@@ -139,8 +139,7 @@ def matrix_spec(spec: QuantSpec) -> QuantSpec:
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnums=0)
 def _prepared(gram: jax.Array, *, method: Method) -> Inputs:
-    squares = jnp.diagonal(gram, axis1=1, axis2=2)
-    gram = mirrored(gram)
+    squares, gram = squares_and_whole(gram)
     if method.prepare is None:
         return Inputs(gram, squares)
     options = dict(method.options)

@@ -10,7 +10,6 @@ import pytest
 import jopt
 from jopt.arrays.codes import compute_codes, decode
 from jopt.arrays.scales import Scale, compute_range, compute_scale
-from jopt.programs import statistics
 from jopt.quantization.layer_solving import matrix_spec
 from tests.quantization.by_hand import gptq_by_hand, round_by_hand
 
@@ -144,13 +143,3 @@ def test_the_reference_rounds_as_jopt_does():
         np.testing.assert_array_equal(round_by_hand(weights, spec)[1], expected)
         assert isinstance(scale, Scale)
     assert jax.config.jax_enable_x64 is False
-
-
-@pytest.mark.parametrize("columns", [5, 16, 21])
-def test_half_of_a_gram_matrix_is_mirrored_to_the_whole(columns, monkeypatch):
-    monkeypatch.setattr(statistics, "_LARGE", 8)
-    x = draw(2, 7, columns)
-    found = statistics.mirrored(statistics.gram_below(x))
-    expected = np.einsum("bmk,bml->bkl", x, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(found, np.swapaxes(found, 1, 2))
