@@ -16,6 +16,19 @@ from jopt.arrays import counts, scans, selection
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 top_k_mask = jax.jit(selection.top_k_mask)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["sorted", "searched"])
+def small_arrays(request):
+    """Small arrays are sorted, unless they are to be searched as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "searched":
+            patch.setattr(selection, "_SORTED", 0)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool"]
 
 
