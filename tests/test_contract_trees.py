@@ -49,8 +49,12 @@ def kernels(tree):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, "nnx") for name in contract.WRAPPERS]
-    + [(name, k) for name in contract.REPRESENTATIVES for k in TREES if k != "nnx"],
+    [(name, kind) for name in contract.REPRESENTATIVES for kind in TREES]
+    + [
+        pytest.param(name, "nnx", marks=pytest.mark.exhaustive)
+        for name in contract.WRAPPERS
+        if name not in contract.REPRESENTATIVES
+    ],
 )
 def test_on_every_kind_of_tree(name, kind):
     params = TREES[kind]()
