@@ -18,7 +18,7 @@ from jopt.programs.passes import Moments
 from jopt.programs.record import track
 from jopt.programs.sites import Analysis
 from jopt.programs.sources import Sources
-from jopt.programs.targets import Target
+from jopt.programs.targets import Target, blame
 
 NOT_MET = "what multiplies is not made of its numbers alone, or not in their order"
 
@@ -147,6 +147,7 @@ def settle(
     outcome: Outcome,
     left: dict[str, str],
     *,
+    params: Any,
     unreached: str,
 ) -> bool:
     """Raise for what cannot be worked on, and list what was left alone.
@@ -156,6 +157,7 @@ def settle(
         layer: which layer of it.
         outcome: what came of it.
         left: path, or name of a target or layer, to why it is left alone; grows.
+        params: that the inputs came through.
         unreached: what is said of matrices that no inputs reached.
 
     Returns:
@@ -169,7 +171,7 @@ def settle(
         raise ValueError(
             "inputs of every site must be finite, got NaN or infinity at "
             f"{name!r}, or numbers whose squares are infinite in float32;"
-            f" look at the batches, or leave {target.path!r} out with select"
+            f" {blame(params)}, or leave {target.path!r} out with select"
         )
     if not outcome.is_met:
         left[target.name] = NOT_MET

@@ -90,7 +90,14 @@ class _Work:
         )
         if facts.is_pruned or at in self.masks:
             self.leaves[at], self.masks[at] = leaf, mask
-        is_met = settle(target, layer, facts, self.left, unreached=_NOT_REACHED)
+        is_met = settle(
+            target,
+            layer,
+            facts,
+            self.left,
+            params=self.params,
+            unreached=_NOT_REACHED,
+        )
         if is_met and facts.reached.any():
             self.facts[i, layer] = facts
 

@@ -180,9 +180,10 @@ def _round(leaves: list[Any], *, pairs: Sequence[Group]) -> tuple[list[Any], jax
     moved = jnp.float32(0)
     for pair in pairs:
         made, read = _ranges(leaves, pair)
-        is_used = (made > 0) & (read > 0) & jnp.isfinite(made * read)
-        made, read = (jnp.where(is_used, r, 1.0) for r in (made, read))
-        s = jnp.sqrt(made / read)
+        is_used = (made > 0) & (read > 0)
+        # Roots first: neither their product nor a quotient leaves the range of floats.
+        made, read = (jnp.sqrt(jnp.where(is_used, r, 1.0)) for r in (made, read))
+        s = made / read
         leaves = change_leaves(divide, leaves, pair.made, s)
         leaves = change_leaves(multiply, leaves, pair.read, s)
         moved = jnp.maximum(moved, jnp.max(jnp.abs(s - 1)))

@@ -115,7 +115,15 @@ class _Work:
         )
         if facts.is_met or at in self.codes:
             self.leaves[at], self.codes[at] = leaf, codes
-        if not settle(target, layer, facts, self.left, unreached=_NOT_REACHED):
+        is_met = settle(
+            target,
+            layer,
+            facts,
+            self.left,
+            params=self.treedef.unflatten(self.dense),
+            unreached=_NOT_REACHED,
+        )
+        if not is_met:
             return
         self.facts[i, layer] = facts
         self.solved[i, layer] = solved

@@ -96,3 +96,23 @@ def test_uses_of_one_leaf_add_up(method, columns):
     for one, other in zip(found[:1], expected[:1], strict=True):
         one, other = (v["w"].to_array() if spec else v["w"] for v in (one, other))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "gptq"])
+def test_what_made_inputs_infinite_is_named(method):
+    """A leaf that is no target, or else the batches."""
+    how = {"progress": False, "select": jopt.matching("w")}
+    how |= {"sparsity": 0.5} if method != "gptq" else {}
+    spec = [jopt.QuantSpec(jopt.formats.int4)] * (method == "gptq")
+
+    def run(norm, x):
+        params = {"norm": jnp.full(4, norm), "w": draw(4, 4)}
+        inputs = [jnp.full((8, 4), x)]
+        return getattr(jopt, method)(
+            lambda p, x: (x * p["norm"][None]) @ p["w"], params, inputs, *spec, **how
+        )
+
+    with pytest.raises(ValueError, match=r"'w'.*; look at 'norm' of the params"):
+        run(np.nan, 1.0)
+    with pytest.raises(ValueError, match=r"'w'.*; look at the batches"):
+        run(1.0, np.inf)

@@ -132,6 +132,16 @@ def test_convolutions_depthwise_flattened_stacked_gated_and_attention():
     np.testing.assert_allclose(conv, depthwise, rtol=1e-3)
 
 
+def test_ranges_whose_product_overflows_become_one():
+    params = {"w": jnp.array([[1e30, 1.0]]), "v": jnp.array([[1e20], [1e-30]])}
+    equal, _ = jopt.equalize(
+        lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"], params, jnp.ones((1, 1))
+    )
+    expected = [1e25, 1e-15]
+    np.testing.assert_allclose(equal["w"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(equal["v"][:, 0], expected, rtol=1e-5)
+
+
 def test_zeros_stay_and_what_is_used_twice_is_left_alone():
     params, x = make_chain()
     params["b"] = params["b"].at[2].set(0.0)
