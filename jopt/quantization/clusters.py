@@ -103,8 +103,9 @@ def cluster(
 
     Raises:
         TypeError: an argument is of a wrong type.
-        ValueError: sizes do not fit, importance is negative or not finite (seen unless
-            it is traced), a start has no key, or a rule matches nothing.
+        ValueError: sizes do not fit, a leaf is empty, importance is negative or not
+            finite (seen unless it is traced), a start has no key, or a rule matches
+            nothing.
 
     References:
         Han et al., Deep Compression, arXiv:1510.00149; Gong et al., arXiv:1412.6115
@@ -223,6 +224,11 @@ def check_sizes(w: Any, sizes: Sizes, stack: int | None, path: str) -> int:
         raise TypeError(
             f"w must be a float array with an axis, got {w.dtype}{list(w.shape)} for "
             f"{path!r}: leave it out of the selection"
+        )
+    if not w.size:
+        raise ValueError(
+            f"w must have weights to cluster, got shape {w.shape} for {path!r}: leave "
+            "it out by select="
         )
     if stack not in (None, 0):
         raise ValueError(

@@ -188,6 +188,11 @@ def test_sharded_leaves_get_the_same_codes(auto_mesh):
 
 def test_empty_trees_and_projecting_packed_ones():
     assert jopt.cluster({}) == {}
+    empty = {"w": jnp.zeros((0, 4))}
+    with pytest.raises(ValueError, match=r"weights to cluster, got shape .* for 'w'"):
+        jopt.cluster(empty)
+    with pytest.raises(ValueError, match=r"weights to cluster, got shape .* for 'w'"):
+        jopt.cluster_weights(optax.sgd(0.1)).init(empty)
     with pytest.raises(TypeError, match="got a ClusteredArray at 'down/kernel'"):
         jopt.cluster_weights(optax.sgd(0.1)).init(jopt.cluster(PARAMS))
     with pytest.raises(ValueError, match="a state without"):
