@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from jopt.programs import channels, sites
 from jopt.programs.channels import Group
 from jopt.programs.sites import SiteTable
+from jopt.programs.spread import as_automatic, automatic
 from jopt.quantization.factors import (
     change_leaves,
     channel_max,
     divide,
     multiply,
+    put_back,
     require_floats,
 )
 from jopt.trees.layer_report import LayerReport
@@ -141,16 +143,20 @@ def equalize(
                     "params must be finite, got NaN or infinity in "
                     f"{names[link.leaf]!r}; repair it, its ranges have no equal"
                 )
-    before = [_ratio(*_ranges(leaves, pair)) for pair in pairs]
-    step = jax.jit(functools.partial(_round, pairs=pairs))
-    for _ in range(max_rounds):
-        leaves, moved = step(leaves)
-        if not float(moved) > tolerance:
-            break
+    with automatic():
+        now = taken = [as_automatic(leaf) for leaf in leaves]
+        before = [_ratio(*_ranges(now, pair)) for pair in pairs]
+        step = jax.jit(functools.partial(_round, pairs=pairs))
+        for _ in range(max_rounds):
+            now, moved = step(now)
+            if not float(moved) > tolerance:
+                break
+        after = [_ratio(*_ranges(now, pair)) for pair in pairs]
     rows = tuple(
-        _row(analysis.table, pair, float(first), float(_ratio(*_ranges(leaves, pair))))
-        for pair, first in zip(pairs, before, strict=True)
+        _row(analysis.table, pair, float(first), float(last))
+        for pair, first, last in zip(pairs, before, after, strict=True)
     )
+    leaves = put_back(leaves, taken, now)
     return treedef.unflatten(leaves), EqualizationReport(rows, reasons)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jopt.arrays.compressed import CompressedArray
 from jopt.programs.matching import Link
+from jopt.programs.spread import placed_as
 from jopt.trees import paths
 
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
@@ -83,6 +84,25 @@ def change_leaves(
         by = jnp.where(link.channel < 0, 1.0, factors[jnp.maximum(link.channel, 0)])
         leaves[link.leaf] = run(leaves[link.leaf], by)
     return leaves
+
+
+def put_back(
+    leaves: Sequence[Any], before: Sequence[Any], now: Sequence[Any]
+) -> list[Any]:
+    """Put what changed where the leaves lay.
+
+    Args:
+        leaves: as they were given.
+        before: the same, as they were taken.
+        now: with changes.
+
+    Returns:
+        The leaves; what did not change is what was given.
+    """
+    return [
+        leaf if new is old else placed_as(new, leaf)
+        for leaf, old, new in zip(leaves, before, now, strict=True)
+    ]
 
 
 def power_of_two(factors: jax.Array) -> jax.Array:

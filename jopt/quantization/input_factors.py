@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt.arrays.axes import gather_values
 from jopt.programs import passes
 from jopt.programs.handlers import Use
 from jopt.programs.layer_by_layer import list_unreached
@@ -35,7 +36,7 @@ def largest_inputs() -> Statistic:
     """
 
     def summarize(use: Use) -> jax.Array:
-        return jnp.max(jnp.abs(input_matrix(use)), axis=1, initial=0.0)
+        return gather_values(jnp.max(jnp.abs(input_matrix(use)), axis=1, initial=0.0))
 
     return Statistic(summarize, summed(summarize).initial, jnp.maximum)
 

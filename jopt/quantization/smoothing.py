@@ -29,6 +29,7 @@ from jopt.programs.handlers import Handler, Use
 from jopt.programs.layer_by_layer import steps_of
 from jopt.programs.record import record
 from jopt.programs.sites import Analysis
+from jopt.programs.spread import as_automatic, automatic, beside
 from jopt.programs.targets import Target, blame, find_targets, require_finite
 from jopt.quantization import input_factors
 from jopt.quantization.factors import (
@@ -37,6 +38,7 @@ from jopt.quantization.factors import (
     divide,
     multiply,
     power_of_two,
+    put_back,
     require_floats,
 )
 from jopt.trees import rules
@@ -202,23 +204,29 @@ def smooth(
         select=lambda site: site.name in names,
         progress=progress,
     )
-    seen = [input_factors.of_target(t, recording.values) for t in targets]
-    for target, largest in zip(targets, seen, strict=True):
-        if not bool(jnp.isfinite(largest).all()):
-            raise ValueError(
-                f"inputs of every site must be finite, got NaN or infinity at "
-                f"{target.name!r}; {blame(params)}, or leave it out with select"
-            )
-    for target, largest in zip(targets, seen, strict=True):
-        left |= input_factors.unreached(target, largest)
-    work = _Work(analysis, leaves, targets, seen, alpha, powers_of_two)
-    if fold:
-        work.fold(channels.find_groups(analysis, params)[0])
-    input_scales = work.keep(left)
+    groups = channels.find_groups(analysis, params)[0] if fold else []
+    with automatic():
+        values = jax.tree.map(as_automatic, recording.values)
+        seen = [input_factors.of_target(t, values) for t in targets]
+        for target, largest in zip(targets, seen, strict=True):
+            if not bool(jnp.isfinite(largest).all()):
+                raise ValueError(
+                    f"inputs of every site must be finite, got NaN or infinity at "
+                    f"{target.name!r}; {blame(params)}, or leave it out with select"
+                )
+        for target, largest in zip(targets, seen, strict=True):
+            left |= input_factors.unreached(target, largest)
+        before = [as_automatic(leaf) for leaf in leaves]
+        work = _Work(analysis, before, targets, seen, alpha, powers_of_two)
+        work.fold(groups)
+        kept = work.keep(left)
+    leaf_of = {site.name: leaves[t.leaf] for t in targets for site, _ in t.uses}
+    input_scales = {name: beside(s, leaf_of[name]) for name, s in kept.items()}
+    now = put_back(leaves, before, work.leaves)
     order = {site.name: i for i, site in enumerate(analysis.table)}
     rows = tuple(sorted(work.rows, key=lambda row: order[row.name]))
     smoothed = Smoothed(apply, SmoothingReport(rows, left))
-    found = {"params": treedef.unflatten(work.leaves), "input_scales": input_scales}
+    found = {"params": treedef.unflatten(now), "input_scales": input_scales}
     return smoothed, found
 
 
