@@ -153,14 +153,20 @@ def compute_range(
 def _mean_magnitude(w: jax.Array, absmax: jax.Array) -> jax.Array:
     """Return mean |w|, or the magnitude of a group that has one and zeros only.
 
-    So what is ternary already keeps its scale. Shares r = |w| / max |w| neither
-    overflow nor underflow in a sum, and mean(r (1 - r)) is 0 where all r are 0 or 1.
+    So what is ternary already keeps its scale, also where weights that an update moved
+    there missed by some ulps of their dtype. Shares r = |w| / max |w| neither overflow
+    nor underflow in a sum.
     """
     largest = spread_groups(absmax, w.shape)
     share = quotient(jnp.abs(w.astype(jnp.float32)), largest)
     count = max(w.size // max(absmax.size, 1), 1)
     mean = sum_groups(share, absmax.shape) / count
-    is_on_grid = sum_groups(share * (1.0 - share), absmax.shape) == 0
+    off = jnp.minimum(share, 1.0 - share)
+    off = reduce_groups(
+        off, absmax.shape, lambda x, axis: jnp.max(x, axis=axis, initial=0)
+    )
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (w.dtype, jnp.float32))
+    is_on_grid = off <= 8 * eps
     return jnp.where(is_on_grid, absmax, jnp.maximum(absmax * mean, _TINY))
 
 

@@ -85,10 +85,10 @@ def adaround(
 
     >>> import jax.numpy as jnp, jopt
     >>> apply = lambda params, x: x @ params["w"]
-    >>> params = {"w": jnp.array([[7.0], [2.4], [3.4]])}
+    >>> params = {"w": jnp.array([[7.0], [2.3], [3.45]])}
     >>> x = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.9], [0.0, 0.9, 1.0]])
     >>> packed, _ = adaround(apply, params, [x], jopt.QuantSpec(jopt.formats.int4))
-    >>> float(packed["w"].to_array()[1:].sum())  # 2.4 + 3.4 is nearer to 6 than to 5
+    >>> float(packed["w"].to_array()[1:].sum())  # 2.3 + 3.45 is nearer to 6 than to 5
     6.0
     """
     require_count("num_steps", num_steps, least=1)
