@@ -23,7 +23,7 @@ of its matrix: the format has no smaller number.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,9 @@ def _mean_magnitude(w: jax.Array, absmax: jax.Array) -> jax.Array:
     off = reduce_groups(
         off, absmax.shape, lambda x, axis: jnp.max(x, axis=axis, initial=0)
     )
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in (w.dtype, jnp.float32))
+    # The stub of `jnp.finfo`, which knows bfloat16, has no types.
+    finfo: Any = jnp.finfo
+    eps = max(float(finfo(dtype).eps) for dtype in (w.dtype, jnp.float32))
     is_on_grid = off <= 8 * eps
     return jnp.where(is_on_grid, absmax, jnp.maximum(absmax * mean, _TINY))
 
