@@ -187,9 +187,11 @@ def _round(leaves: list[Any], *, pairs: Sequence[Group]) -> tuple[list[Any], jax
     for pair in pairs:
         made, read = _ranges(leaves, pair)
         is_used = (made > 0) & (read > 0)
-        # Roots first: neither their product nor a quotient leaves the range of floats.
-        made, read = (jnp.sqrt(jnp.where(is_used, r, 1.0)) for r in (made, read))
-        s = made / read
+        made, read = (jnp.where(is_used, r, 1.0) for r in (made, read))
+        ratio = made / read
+        in_range = (ratio > jnp.finfo(jnp.float32).tiny) & (ratio < jnp.inf)  # type: ignore[no-untyped-call]
+        # The root of a power of four is exact, which the quotient of two roots is not.
+        s = jnp.where(in_range, jnp.sqrt(ratio), jnp.sqrt(made) / jnp.sqrt(read))
         leaves = change_leaves(divide, leaves, pair.made, s)
         leaves = change_leaves(multiply, leaves, pair.read, s)
         moved = jnp.maximum(moved, jnp.max(jnp.abs(s - 1)))

@@ -133,11 +133,12 @@ def test_convolutions_depthwise_flattened_stacked_gated_and_attention():
 
 
 def test_ranges_whose_product_overflows_become_one():
-    params = {"w": jnp.array([[1e30, 1.0]]), "v": jnp.array([[1e20], [1e-30]])}
+    w, v = [1e30, 1.0, 1e30, 1e-20], [1e20, 1e-30, 1e-20, 1e30]
+    params = {"w": jnp.array([w]), "v": jnp.array(v)[:, None]}
     equal, _ = jopt.equalize(
         lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"], params, jnp.ones((1, 1))
     )
-    expected = [1e25, 1e-15]
+    expected = [1e25, 1e-15, 1e5, 1e5]
     np.testing.assert_allclose(equal["w"][0], expected, rtol=1e-5)
     np.testing.assert_allclose(equal["v"][:, 0], expected, rtol=1e-5)
 

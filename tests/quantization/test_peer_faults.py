@@ -300,8 +300,10 @@ def test_smoothed_inference_multiplies_integers_whatever_the_leaf_is_called():
     ids=str,
 )
 def test_gptq_on_grids_that_were_refused(spec, order):
-    x = normal(64, 16) @ normal(16, 16)
-    params = {"w": normal(16, 6)}
+    rng = np.random.default_rng(0)  # whatever other tests drew before
+    x, mix, w = (rng.normal(size=size) for size in ((64, 16), (16, 16), (16, 24)))
+    x = jnp.asarray(x @ mix, jnp.float32)
+    params = {"w": jnp.asarray(w, jnp.float32)}
     error = {}
     for name, method in (("gptq", jopt.gptq), ("rtn", jopt.rtn)):
         options = {"activation_order": order} if name == "gptq" else {}
