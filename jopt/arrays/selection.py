@@ -195,7 +195,7 @@ def _find_threshold(
 
 
 def _by_sorting(arrays: list[jax.Array], k: Count, total: int) -> Threshold:
-    """Reads the threshold off a sample that is all there is: a fifth to compile."""
+    """Reads the threshold off a sample that is all there is: a third to compile."""
     sample = jnp.concatenate([scans.sample(array, array.size) for array in arrays])
     key = jnp.sort(sample)[total - jnp.maximum(counts.clip_to_int(k, total), 1)]
     at_least, above = map(counts.sum_of_booleans, (sample >= key, sample > key))

@@ -151,13 +151,12 @@ def mirrored(gram: jax.Array) -> jax.Array:
             further rows stay as they are.
 
     Returns:
-        The symmetric matrices; what was computed whole is as it was, symmetric but for
-        rounding.
+        The symmetric matrices; small ones as they were, symmetric but for rounding.
     """
     columns = gram.shape[-1]
-    num_tiles = _num_tiles(columns)
-    if num_tiles == 1:
+    if columns < _LARGE:
         return gram
+    num_tiles = _num_tiles(columns)
     width = columns // num_tiles
 
     def copy(step: Any, gram: jax.Array) -> jax.Array:

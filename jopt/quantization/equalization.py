@@ -156,6 +156,13 @@ def equalize(
         _row(analysis.table, pair, float(first), float(last))
         for pair, first, last in zip(pairs, before, after, strict=True)
     )
+    scaled = {
+        link.leaf
+        for pair in pairs
+        for links in (pair.made, pair.read)
+        for link in links
+    }
+    now = [now[i] if i in scaled else leaf for i, leaf in enumerate(taken)]
     leaves = put_back(leaves, taken, now)
     return treedef.unflatten(leaves), EqualizationReport(rows, reasons)
 
