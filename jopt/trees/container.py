@@ -13,6 +13,7 @@ The caller keeps the dtype and the shape of these.
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,10 @@ def write_file(
         metadata: strings for the header. Several come in any order, so with more than
             one the same tensors may give files of different bytes.
     """
-    unfinished = path.with_name(path.name + ".tmp")
+    # A folder, because the package writes to a name of chance beside the one it is told
+    # and leaves it there if the process is killed: the next save takes all of it away.
+    folder = path.with_name(path.name + ".tmp")
+    unfinished = folder / path.name
     specs = {
         name: safetensors.TensorSpec(
             dtype=tensor.dtype.name,
@@ -126,6 +130,8 @@ def write_file(
         for name, tensor in tensors.items()
     }
     try:
+        _remove(folder)
+        folder.mkdir()
         unfinished.touch()
         mode = unfinished.stat().st_mode  # as others may read; the package says 0600
         safetensors.serialize_file(specs, unfinished, dict(metadata))
@@ -134,7 +140,7 @@ def write_file(
             os.fsync(stream.fileno())
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(folder)
     if hasattr(os, "O_DIRECTORY"):  # where directories can be written through
         directory = os.open(path.parent, os.O_DIRECTORY)
         try:
@@ -176,6 +182,13 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Array], dict[str, str]]:
     if path.stat().st_size > 8 + size:
         data = np.memmap(path, np.uint8, mode="r", offset=8 + size).view(np.ndarray)
     return {name: _view(data, row) for name, row in header.items()}, metadata
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:  # what earlier versions wrote was a file
+        path.unlink(missing_ok=True)
 
 
 def _view(data: Array, row: dict[str, Any]) -> Array:

@@ -448,7 +448,8 @@ for step in range(10**6):
 """
 
 
-def test_kill_at_any_moment(file):
+@pytest.mark.parametrize("wait", [0.0, 0.001, 0.002, 0.004])
+def test_kill_at_any_moment(file, wait):
     root = pathlib.Path(single_file.__file__).parents[2]
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, file],
@@ -457,7 +458,7 @@ def test_kill_at_any_moment(file):
         text=True,
     ) as process:
         last = [int(process.stdout.readline()) for _ in range(3)][-1]
-        time.sleep(0.003)
+        time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         rest = process.stdout.read().split()
     last = int(rest[-1]) if rest else last
@@ -465,6 +466,18 @@ def test_kill_at_any_moment(file):
     assert found["step"] >= last and np.all(np.asarray(found["w"]) == found["step"])
     jopt.save(file, {}, overwrite=True)  # which takes what was left behind away
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+
+
+def test_what_a_killed_save_left_is_taken_away(file):
+    left = file.with_name(file.name + ".tmp")
+    left.write_bytes(b"the file of an earlier version")
+    jopt.save(file, {"n": 1})
+    left.mkdir()
+    (left / ".tmpRJgNSe").write_bytes(b"of the package's own")
+    (left / file.name).write_bytes(b"half")
+    jopt.save(file, {"n": 2}, overwrite=True)
+    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+    assert jopt.restore(file) == {"n": 2}
 
 
 @pytest.mark.parametrize("call", [jopt.restore, jopt.steps, jopt.read_metadata])
