@@ -162,6 +162,29 @@ def test_learned_ranges_of_asymmetric_specs_are_lsq_plus():
     np.testing.assert_allclose(grads.low, weight * (d_beta - d_s / 15), rtol=1e-4)
 
 
+def test_asymmetric_ranges_start_at_the_least_squared_error():
+    """LSQ+, section 3.2, by a search over shrunk ranges of the numbers themselves."""
+    x = np.append(np.random.default_rng(0).exponential(size=16383), 20).astype("f")
+    x = x.reshape(256, 64) - np.float32(0.5)
+
+    def error(high, low):
+        s = (high - low) / 15
+        zero = np.round(-low / s)
+        q = (np.clip(np.round(x / s) + zero, 0, 15) - zero) * s
+        return np.mean((q - x) ** 2)
+
+    ends = float(x.max()), float(x.min())
+    least = min(error(*(c / 200 * end for end in ends)) for c in range(1, 201))
+    spec = jopt.QuantSpec(F.uint4, symmetric=False, axis=())
+    _, init = jopt.fake_quantize(
+        lambda p, x: x @ p["w"], None, activations=spec, ranges="learned"
+    )
+    (found,) = jax.tree.leaves(
+        init({"w": jnp.ones((64, 2))}, x), is_leaf=lambda n: isinstance(n, Range)
+    )
+    assert error(float(found.high), float(found.low)) < 1.1 * least < 0.6 * error(*ends)
+
+
 def test_learned_ranges_find_the_offset_of_swish():
     """A negative end that symmetric ranges waste levels on, and unsigned ones clip."""
     x = normal(256, 8)
