@@ -37,7 +37,8 @@ def require_count(name: str, value: Any, *, least: int = 0) -> None:
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     is_integer = jnp.issubdtype(value.dtype if is_array else type(value), jnp.integer)
     is_known = is_integer and not isinstance(value, jax.core.Tracer)
-    if not is_integer or np.ndim(value) or (is_known and value < least):
+    # NumPy compares at once what JAX would make a part of a program around.
+    if not is_integer or np.ndim(value) or (is_known and np.asarray(value) < least):
         raise ValueError(
             f"{name} must be an integer of at least {least}, got {value!r}"
         )
@@ -55,7 +56,7 @@ def check_number(name: str, value: Any, example: str) -> None:
 def check_share(name: str, value: Any, example: str) -> None:
     """Raise for a number that is not in [0, 1], or no number."""
     check_number(name, value, example)
-    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+    if not isinstance(value, jax.core.Tracer) and not 0 <= np.asarray(value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}; {example}")
 
 
@@ -64,7 +65,7 @@ def check_strength(name: str, value: Any, example: str) -> None:
     check_number(name, value, example)
     if isinstance(value, jax.core.Tracer):
         return
-    if not (math.isfinite(value) and value >= 0):
+    if not (math.isfinite(value) and np.asarray(value) >= 0):
         raise ValueError(
             f"{name} must be at least 0 and finite, got {value}; {example}"
         )

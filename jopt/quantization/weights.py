@@ -265,7 +265,11 @@ def _require_ranges(params: optax.Params, chosen: list[bool], mode: str) -> None
     leaves = zip(chosen, paths.leaf_paths(params), jax.tree.leaves(params), strict=True)
     for is_chosen, path, leaf in leaves:
         is_known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        if is_chosen and is_known and leaf.size and not bool(jnp.any(leaf != 0)):
+        if not (is_chosen and is_known and leaf.size):
+            continue
+        with jax.ensure_compile_time_eval():  # known, though what is around is traced
+            has_range = bool(jnp.any(leaf != 0))
+        if not has_range:
             raise ValueError(
                 f"scales={mode!r} measures weights at begin_step=0, got {path!r} with "
                 'zeros only; begin later, take scales="current", or leave it out by '

@@ -247,8 +247,9 @@ def test_zeros_have_no_range_to_measure(mode):
     params = contract.make_params()
     params["head"]["kernel"] *= 0
     tx = jopt.quantize_weights(optax.sgd(0.1), GRIDS["int8"], scales=mode)
-    with pytest.raises(ValueError, match="head/kernel"):
-        tx.init(params)
+    for init in (lambda: tx.init(params), jax.jit(lambda: tx.init(params))):
+        with pytest.raises(ValueError, match="head/kernel"):
+            init()
     later = jopt.quantize_weights(
         optax.sgd(0.1), GRIDS["int8"], scales=mode, begin_step=1
     )
@@ -307,3 +308,16 @@ def test_nothing_to_quantize_warns():
     tx = jopt.quantize_weights(optax.sgd(0.1), GRIDS["int8"])
     with pytest.warns(UserWarning, match="quantize_weights selects none of 1 leaves"):
         tx.init({"bias": jnp.ones(4)})
+
+
+@pytest.mark.parametrize("mode", ["static", "moving", "learned"])
+def test_known_params_may_be_measured_inside_a_program(mode):
+    params, begin = {"w": jnp.array([[1.0, 3.0], [-2.0, 0.5]])}, jnp.int32(0)
+
+    def scales():
+        tx = jopt.quantize_weights(
+            optax.sgd(0.1), GRIDS["int8"], scales=mode, begin_step=begin
+        )
+        return jopt.get_scales(tx.init(params))["w"].scale
+
+    np.testing.assert_array_equal(jax.jit(scales)(), scales())
