@@ -61,6 +61,19 @@ class Config:
     learning_rate: float = 8e-3
     parallel: train.Parallel = "jit"
     save_every: int = 140
+    variants: tuple[str, ...] = tuple(variant.name for variant in VARIANTS)
+    """Which to make, dense among them; the same folder takes others later."""
+
+
+def chosen(names: tuple[str, ...]) -> list[Variant]:
+    """Return the variants of some names, in the order of the table."""
+    known = [variant.name for variant in VARIANTS]
+    if not set(names) <= set(known) or VARIANTS[0].name not in names:
+        raise ValueError(
+            f"variants must be {VARIANTS[0].name!r} and any of {known[1:]}, got "
+            f"{list(names)}"
+        )
+    return [variant for variant in VARIANTS if variant.name in names]
 
 
 def model_config(config: Config, data: datasets.Dataset) -> models.ModelConfig:
@@ -130,6 +143,7 @@ class Job:
 
     def __init__(self, config: Config):
         self.config = config
+        self.variants = chosen(config.variants)
         self.data = datasets.load(config.data_dir)
         self.test = datasets.test_batch(self.data)
         self.sizes = {
@@ -142,7 +156,7 @@ class Job:
         }
         # Variants that run the same program share its compilation.
         self.predicts = {}
-        for variant in VARIANTS:
+        for variant in self.variants:
             key = self.program(variant)
             apply = deploy.deployed(self.applies[variant.is_student], variant)
             self.predicts.setdefault(key, make_predict(apply))
@@ -230,7 +244,7 @@ class Job:
         """Count the operations of what is deployed, and time a batch through it."""
         programs, counts = {}, {}
         x = jnp.asarray(self.test["x"][: self.config.batch_size])
-        for variant in VARIANTS:
+        for variant in self.variants:
             key, apply = self.program(variant), self.applies[variant.is_student]
             if key in programs:
                 continue
@@ -239,7 +253,7 @@ class Job:
             params = shipped if variant.activations is None else shipped["params"]
             counts[key] = deploy.flops(apply, params, x)
         times = deploy.milliseconds(programs, x)
-        keys = {variant.name: self.program(variant) for variant in VARIANTS}
+        keys = {variant.name: self.program(variant) for variant in self.variants}
         return {
             name: {"flops": counts[key], "milliseconds": times[key]}
             for name, key in keys.items()
@@ -251,7 +265,7 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Reduce the seeds of each variant to mean and standard deviation."""
     rows = []
-    for variant in VARIANTS:
+    for variant in chosen(tuple(results)):
         runs = results[variant.name]
         row: dict[str, Any] = {"name": variant.name, "label": variant.label}
         for key in ("accuracy", "recall", "f1", "loss", "bits_per_character"):
@@ -308,8 +322,9 @@ def main(config: Config) -> None:
             "steps must be at least 10 and seeds at least 1, "
             f"got {config.steps} and {config.seeds}"
         )
+    chosen(config.variants)  # before a folder is made
     settings = dataclasses.asdict(config)
-    del settings["out"]
+    del settings["out"], settings["variants"]
     records.claim_folder(config.out, settings)
     job = Job(config)
     results = {}
@@ -321,9 +336,9 @@ def main(config: Config) -> None:
         TimeRemainingColumn(),
         console=console,
     ) as progress:
-        lengths = [variant.num_steps(config.steps) for variant in VARIANTS]
+        lengths = [variant.num_steps(config.steps) for variant in job.variants]
         task = progress.add_task("starting", total=sum(lengths) * config.seeds)
-        for i, variant in enumerate(VARIANTS):
+        for i, variant in enumerate(job.variants):
 
             def tell(variant, seed, step, i=i):
                 before = sum(lengths[:i]) * config.seeds + seed * lengths[i]
@@ -345,7 +360,7 @@ def main(config: Config) -> None:
         "rows": rows,
     }
     records.write_json(config.out / "results.json", summary)
-    pictures = plots.draw_all(config.out, rows, VARIANTS)
+    pictures = plots.draw_all(config.out, rows, job.variants)
     html_report.write(config.out / "report.html", summary, pictures, sys.argv[1:])
     console.print(table)
     console.print(

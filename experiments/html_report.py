@@ -100,14 +100,16 @@ def findings(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
                 True,
             )
         )
-    taught = 100 * (by_name["distilled"]["accuracy"] - by_name["student"]["accuracy"])
-    found.append(
-        (
-            f"{taught:+.2f} points",
-            "is what the teacher brings to a student of a quarter of the parameters.",
-            taught >= 0,
+    if {"distilled", "student"} <= by_name.keys():
+        taught = points(by_name["distilled"]) - points(by_name["student"])
+        found.append(
+            (
+                f"{taught:+.2f} points",
+                "is what the teacher brings to a student of a quarter of the "
+                "parameters.",
+                taught >= 0,
+            )
         )
-    )
     return found
 
 

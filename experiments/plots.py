@@ -87,7 +87,10 @@ def curves(out: Path, variants: list[Any], key: str, title: str) -> plt.Figure:
         axis.set_yscale("log")
     axis.set_xlabel("step")
     axis.set_ylabel(key)
-    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    if axis.lines:  # no curve of zeros where nothing is pruned
+        axis.legend(
+            frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
     clean(axis, title)
     return figure
 
