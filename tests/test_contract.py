@@ -1,5 +1,8 @@
 """The promises of every transformation: Optax's protocol, tracing, dtypes, states."""
 
+import functools
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,33 @@ import jopt
 from tests import contract
 
 every_wrapper = pytest.mark.parametrize("name", contract.WRAPPERS)
-each_mechanism = pytest.mark.parametrize(
-    "name", contract.with_exhaustive(contract.WRAPPERS)
-)
-representatives = pytest.mark.parametrize("name", contract.REPRESENTATIVES)
+
+
+class Loop(NamedTuple):
+    """A wrapper, compiled: what scan, cond, vmap and donation must be equal to."""
+
+    name: str
+    tx: optax.GradientTransformation
+    init: object
+    step: object
+
+    def run(self, params, num_steps):
+        """Take steps one by one, and return params and state."""
+        carry = params, self.init(params)
+        for i in range(num_steps):
+            carry, _ = self.step(carry, contract.make_grads(params, i))
+        return carry
+
+
+@pytest.fixture(scope="module", params=contract.with_exhaustive(contract.WRAPPERS))
+def loop(request):
+    tx = contract.WRAPPERS[request.param](optax.sgd(1e-2, momentum=0.9))
+    step = jax.jit(contract.make_step(tx))
+    return Loop(request.param, tx, jax.jit(tx.init), step)
+
+
+def num_zeros(leaf):
+    return int(np.sum(np.asarray(leaf) == 0))
 
 
 def tree_shapes(tree):
@@ -33,45 +59,31 @@ def test_compiles_once_and_keeps_its_promises_under_jit(name):
     assert tree_shapes(params) == tree_shapes(contract.make_params())
     if name in contract.ZEROS:
         for module in ("dense", "head"):
-            zeros = int((params[module]["kernel"] == 0).sum())
-            assert zeros == contract.ZEROS[name]
-    assert int(np.count_nonzero(params["dense"]["bias"])) == 16
+            assert num_zeros(params[module]["kernel"]) == contract.ZEROS[name]
+    assert num_zeros(params["dense"]["bias"]) == 0
     for leaf in jax.tree.leaves(params):
-        assert bool(jnp.isfinite(leaf).all())
+        assert np.isfinite(leaf).all()
 
 
-@each_mechanism
-def test_scan_equals_a_python_loop(name):
-    tx = contract.WRAPPERS[name](optax.sgd(1e-2, momentum=0.9))
+def test_scan_equals_a_python_loop(loop):
     params = contract.make_params()
-    grads = jax.tree.map(
-        lambda *g: jnp.stack(g), *[contract.make_grads(params, i) for i in range(4)]
-    )
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    scanned, _ = jax.jit(lambda c, g: jax.lax.scan(step, c, g))(
-        (params, tx.init(params)), grads
-    )
-    looped, _ = contract.train(tx, params, num_steps=4)
-    for a, b in zip(jax.tree.leaves(scanned[0]), jax.tree.leaves(looped), strict=True):
+    scan = jax.jit(functools.partial(jax.lax.scan, contract.make_step(loop.tx)))
+    carry = params, loop.init(params)
+    (scanned, _), _ = scan(carry, contract.stack_grads(params, 4))
+    looped, _ = loop.run(params, 4)
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(looped), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@each_mechanism
-def test_one_state_type_under_cond(name):
-    tx = contract.WRAPPERS[name](optax.sgd(1e-2))
+def test_one_state_type_under_cond(loop):
     params = contract.make_params()
-    state = tx.init(params)
+    grads, state = contract.make_grads(params), loop.init(params)
 
     @jax.jit
     def maybe(flag):
         return jax.lax.cond(
             flag,
-            lambda: tx.update(contract.make_grads(params), state, params),
+            lambda: loop.tx.update(grads, state, params),
             lambda: (jax.tree.map(jnp.zeros_like, params), state),
         )
 
@@ -84,10 +96,57 @@ def outermost(path, value):
     return len(path) == 1
 
 
+def test_donated_params_and_state(loop):
+    donated = jax.jit(contract.make_step(loop.tx), donate_argnums=0)
+    params = contract.make_params()
+    grads = [contract.make_grads(params, i) for i in range(2)]
+    # As users call it: what init does not copy would be donated twice.
+    carry = params, loop.tx.init(params)
+    for i in range(2):
+        carry, _ = donated(carry, grads[i])
+    plain, _ = loop.run(contract.make_params(), 2)
+    contract.assert_same(carry[0], plain)
+
+
+def test_vmapped_ensemble(loop):
+    if loop.name == "prune_host":
+        pytest.skip("a host call is outside of vmap")
+    first = jax.tree.map(np.asarray, contract.make_params())
+    members = [first, jax.tree.map(lambda x: -2 * x, first)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *members)
+    grads = contract.stack_grads(members[0], 2)
+
+    @jax.jit
+    @jax.vmap
+    def two_steps(params):
+        carry = params, loop.tx.init(params)
+        return jax.lax.scan(contract.make_step(loop.tx), carry, grads)[0][0]
+
+    together = jax.tree.map(np.asarray, two_steps(stacked))
+    for i, member in enumerate(members):
+        alone, _ = loop.run(member, 2)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, jnp.bfloat16) for name in contract.WRAPPERS]
-    + [(name, jnp.float16) for name in contract.REPRESENTATIVES],
+    [
+        pytest.param(
+            name,
+            dtype,
+            marks=() if name in defaults else pytest.mark.exhaustive,
+        )
+        for dtype, names, defaults in (
+            (jnp.bfloat16, contract.WRAPPERS, contract.REPRESENTATIVES),
+            (
+                jnp.float16,
+                contract.REPRESENTATIVES,
+                ["prune_global", "quantize_learned"],
+            ),
+        )
+        for name in names
+    ],
 )
 def test_keeps_dtypes_of_half_precision_params(name, dtype):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
@@ -97,38 +156,44 @@ def test_keeps_dtypes_of_half_precision_params(name, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     if name in contract.ZEROS and name != "prune_ramp":
         for module in ("dense", "head"):
-            zeros = int((params[module]["kernel"] == 0).sum())
-            assert zeros == contract.ZEROS[name]
+            assert num_zeros(params[module]["kernel"]) == contract.ZEROS[name]
 
 
-@pytest.mark.parametrize("name", [*contract.ZEROS, "quantize_prune"])
+@pytest.mark.parametrize(
+    "name", contract.with_exhaustive([*contract.ZEROS, "quantize_prune"])
+)
 def test_gradients_of_low_precision_leave_exact_zeros(name):
     """The steps of sgd are bfloat16 here; so must not be the -w that prunes."""
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
-    params, state, update = contract.make_params(), None, jax.jit(tx.update)
-    state = tx.init(params)
-    for step in range(6):
-        grads = contract.make_grads(params, step)
-        grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    zeros = int((params["dense"]["kernel"] == 0).sum())
+    params, low = contract.make_params(), contract.make_params(jnp.bfloat16)
+    carry, step = (params, tx.init(params)), jax.jit(contract.make_step(tx))
+    for i in range(6):
+        carry, _ = step(carry, contract.make_grads(low, i))
+    zeros = num_zeros(carry[0]["dense"]["kernel"])
     if name == "quantize_prune":
         assert zeros >= contract.HALF
     else:
         assert zeros == contract.ZEROS[name]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("name", ["prune_ramp", "prune_global", "quantize_prune"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("prune_ramp", jnp.float32),
+        ("prune_global", jnp.float64),
+        ("quantize_prune", jnp.float32),
+        ("quantize_prune", jnp.float64),
+        pytest.param("prune_ramp", jnp.float64, marks=pytest.mark.exhaustive),
+        pytest.param("prune_global", jnp.float32, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_works_with_x64_enabled(name, dtype):
     with jax.enable_x64(True):
         tx = contract.WRAPPERS[name](optax.adam(1e-2))
         params, _ = contract.train(tx, contract.make_params(dtype))
         kernel = params["dense"]["kernel"]
         assert kernel.dtype == dtype
-        zeros = int((kernel == 0).sum())
-        assert zeros >= contract.ZEROS.get(name, 1)
+        assert num_zeros(kernel) >= contract.ZEROS.get(name, 1)
 
 
 COMBINATORS = {
@@ -152,16 +217,28 @@ COMBINATORS = {
 }
 
 
-@representatives
-@pytest.mark.parametrize("combinator", COMBINATORS)
+@pytest.mark.parametrize(
+    ("name", "combinator"),
+    # Every combinator with masks, cheaply made, and with a state of learned scales;
+    # every mechanism with updates that are put off.
+    [(name, c) for name in ("prune_nm", "quantize_learned") for c in COMBINATORS]
+    + [
+        pytest.param(
+            name, c, marks=() if c == "multi_steps" else pytest.mark.exhaustive
+        )
+        for name in contract.REPRESENTATIVES
+        for c in COMBINATORS
+        if name != "quantize_learned"
+    ],
+)
 def test_composes_with_combinators(name, combinator):
     tx = COMBINATORS[combinator](contract.WRAPPERS[name](optax.sgd(1e-2)))
     params, state = contract.train(tx, contract.make_params(), num_steps=12)
     if name in contract.ZEROS:
-        assert int((params["dense"]["kernel"] == 0).sum()) == contract.ZEROS[name]
+        assert num_zeros(params["dense"]["kernel"]) == contract.ZEROS[name]
         masks = jopt.get_masks(state)
         np.testing.assert_array_equal(
-            masks["dense"]["kernel"], params["dense"]["kernel"] != 0
+            masks["dense"]["kernel"], np.asarray(params["dense"]["kernel"]) != 0
         )
         assert isinstance(masks["dense"]["bias"], optax.MaskedNode)
 
@@ -181,13 +258,21 @@ INNER = {
 
 
 @pytest.mark.parametrize("optimizer", INNER)
-@pytest.mark.parametrize("name", ["prune", "quantize", "quantize_prune"])
+@pytest.mark.parametrize(
+    "name",
+    # All of Optax is inside `prune` in test_contract_optimizers.
+    [
+        "quantize",
+        pytest.param("prune", marks=pytest.mark.exhaustive),
+        pytest.param("quantize_prune", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_wraps_any_optimizer(name, optimizer):
     tx = contract.WRAPPERS[name](INNER[optimizer])
     params, _ = contract.train(tx, contract.make_params(), num_steps=3)
     kernel = params["dense"]["kernel"]
     if name == "prune":
-        assert int((kernel == 0).sum()) == contract.HALF
+        assert num_zeros(kernel) == contract.HALF
     else:
         again = jopt.dequantize(jopt.quantize(kernel, contract.INT8))
         np.testing.assert_array_equal(kernel, again)
@@ -206,7 +291,8 @@ def test_forwards_extra_args(name):
     )
     tx = contract.WRAPPERS[name](inner)
     params = contract.make_params()
-    tx.update(contract.make_grads(params), tx.init(params), params, value=3.0)
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(functools.partial(tx.update, value=3.0), params, state, params)
     assert seen == [3.0]
 
 
@@ -214,16 +300,18 @@ def test_forwards_extra_args(name):
 def test_needs_params(name):
     tx = contract.WRAPPERS[name](optax.sgd(1e-2))
     params = contract.make_params()
+    state = jax.eval_shape(tx.init, params)
     with pytest.raises(ValueError, match=r"needs params"):
-        tx.update(contract.make_grads(params), tx.init(params))
+        tx.update(contract.make_grads(params), state)
 
 
 @every_wrapper
 def test_tree_map_params(name):
     tx = contract.WRAPPERS[name](optax.adam(1e-2))
-    state = tx.init(contract.make_params())
+    state = jax.eval_shape(tx.init, contract.make_params())
     same = optax.tree.map_params(tx, lambda x: x, state)
-    contract.assert_same(same, state)
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    assert jax.tree.leaves(same) == jax.tree.leaves(state)
     mapped = optax.tree.map_params(tx, lambda x: "param", state)
     inner = dict(optax.tree.get_all_with_path(mapped, "mu"))
     assert any(mu["dense"]["kernel"] == "param" for mu in inner.values())
@@ -234,53 +322,6 @@ def test_tree_map_params(name):
 @every_wrapper
 def test_empty_tree(name):
     tx = contract.WRAPPERS[name](optax.adam(1e-2))
-    state = tx.init({})
-    updates, _ = jax.jit(tx.update)({}, state, {})
-    assert updates == {}
-
-
-@each_mechanism
-def test_donated_params_and_state(name):
-    tx = contract.WRAPPERS[name](optax.sgd(1e-2))
-
-    def step(params, state):
-        updates, state = tx.update(contract.make_grads(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    donated = jax.jit(step, donate_argnums=(0, 1))
-    params = contract.make_params()
-    state = tx.init(params)
-    for _ in range(2):
-        params, state = donated(params, state)
-    plain = contract.make_params()
-    plain_state = tx.init(plain)
-    for _ in range(2):
-        plain, plain_state = jax.jit(step)(plain, plain_state)
-    contract.assert_same(params, plain)
-
-
-@each_mechanism
-def test_vmapped_ensemble(name):
-    if name == "prune_host":
-        pytest.skip("a host call is outside of vmap")
-    tx = contract.WRAPPERS[name](optax.sgd(1e-2))
-    members = [
-        contract.make_params(),
-        jax.tree.map(lambda x: -2 * x, contract.make_params()),
-    ]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
-
-    def two_steps(params):
-        state = tx.init(params)
-        for step in range(2):
-            updates, state = tx.update(contract.make_grads(params, step), state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    together = jax.jit(jax.vmap(two_steps))(stacked)
-    alone = [jax.jit(two_steps)(member) for member in members]
-    for i, member in enumerate(alone):
-        for a, b in zip(
-            jax.tree.leaves(together), jax.tree.leaves(member), strict=True
-        ):
-            np.testing.assert_allclose(a[i], b, rtol=2e-6, atol=1e-6)
+    state = jax.eval_shape(tx.init, {})
+    updates, after = jax.eval_shape(tx.update, {}, state, {})
+    assert updates == {} and tree_shapes(after) == tree_shapes(state)
