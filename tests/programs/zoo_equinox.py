@@ -7,16 +7,18 @@ import jax.numpy as jnp
 from tests.programs.zoo_model import Model, conv, dot, floats, randomize
 
 
-def equinox_mlp() -> Model:
+def equinox_mlp(num_inputs: int = 4, num_outputs: int = 3, depth: int = 2) -> Model:
     """An Equinox MLP under vmap; its weights stand on the left."""
     apply, params = _batched(
-        lambda key: eqx.nn.MLP(4, 3, width_size=8, depth=2, key=key)
+        lambda key: eqx.nn.MLP(
+            num_inputs, num_outputs, width_size=8, depth=depth, key=key
+        )
     )
-    layers = [f"layers/{i}" for i in range(3)]
+    layers = [f"layers/{i}" for i in range(depth + 1)]
     return Model(
         apply,
         params,
-        (floats(2, 4),),
+        (floats(2, num_inputs),),
         weights={f"{layer}/weight": dot("out in") for layer in layers},
         uncovered=frozenset(f"{layer}/bias" for layer in layers),
     )
