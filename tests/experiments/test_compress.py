@@ -13,28 +13,18 @@ import numpy as np
 import pytest
 
 import jopt
+from experiments import compress
 from experiments.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent.parent
-# The job itself, and the job without the variants that combine what others show.
-WHOLE = ["-m", "experiments.compress"]
-LEFT_OUT = ("sparse90", "int8", "w8a8_trained")
-SHORTER = [
-    "-c",
-    f"""
-from experiments import compress, records
-left = [v for v in compress.VARIANTS if v.name not in {LEFT_OUT}]
-compress.VARIANTS[:] = left
-records.run(compress.main, compress.Config, compress.__doc__)
-""",
-    "--connections",
-    "plain",
-]
+ALL = [variant.name for variant in VARIANTS]
+# What is left out combines what these show.
+FEWER = [name for name in ALL if name not in ("sparse90", "int8", "w8a8_trained")]
 
 
-def start(job, folder, *options):
+def start(folder, *options):
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *job, "--out", str(folder)]
+    command = [sys.executable, "-m", "experiments.compress", "--out", str(folder)]
     command += ["--steps", "12", "--seeds", "1", "--width", "8", "--save-every", "4"]
     return subprocess.Popen(
         [*command, *options],
@@ -48,24 +38,30 @@ def start(job, folder, *options):
 
 
 @pytest.mark.parametrize(
-    ("job", "left_out"),
-    [(SHORTER, LEFT_OUT), pytest.param(WHOLE, (), marks=pytest.mark.exhaustive)],
-    ids=["shorter", "whole"],
+    ("names", "connections"),
+    [(FEWER, "plain"), pytest.param(ALL, "residual", marks=pytest.mark.exhaustive)],
+    ids=["fewer", "all"],
 )
-def test_the_main_job(job, left_out, tmp_path):
+def test_the_main_job(names, connections, tmp_path):
     """One run serves all checks: processes that test in parallel share no fixture."""
     folder = tmp_path / "compress"
-    names = [v.name for v in VARIANTS if v.name not in left_out]
-    run_killed_once(job, folder)
+    options = ["--variants", *names, "--connections", connections]
+    run_killed_once(folder, options)
     check_every_variant_is_there_and_ships_what_it_says(folder, names)
     check_artefacts_are_compressed_arrays(folder, names)
     check_pictures_and_report_are_self_contained(folder)
-    check_other_options_in_the_same_folder_are_refused(job, folder)
+    check_other_options_in_the_same_folder_are_refused(folder, options)
 
 
-def run_killed_once(job, folder):
+@pytest.mark.parametrize("names", [("int4",), ("dense", "int5"), ()])
+def test_what_are_no_variants(names):
+    with pytest.raises(ValueError, match="variants must be 'dense' and any of"):
+        compress.chosen(names)
+
+
+def run_killed_once(folder, options):
     """Kill the job once it has begun its second variant, then finish it."""
-    process = start(job, folder)
+    process = start(folder, *options)
     first = folder / "runs" / "dense" / "seed_0" / "result.json"
     deadline = time.monotonic() + 240
     while not first.exists() and time.monotonic() < deadline:
@@ -75,7 +71,7 @@ def run_killed_once(job, folder):
     process.communicate()
     assert not (folder / "report.html").exists()
     made = first.stat().st_mtime_ns
-    process = start(job, folder)
+    process = start(folder, *options)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert first.stat().st_mtime_ns == made, "a finished run was done again"
@@ -130,8 +126,8 @@ def check_pictures_and_report_are_self_contained(folder):
     assert "http://" not in page and "https://" not in page
 
 
-def check_other_options_in_the_same_folder_are_refused(job, folder):
-    process = start(job, folder, "--learning-rate", "0.1")
+def check_other_options_in_the_same_folder_are_refused(folder, options):
+    process = start(folder, *options, "--learning-rate", "0.1")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "other learning_rate" in output and "Traceback" not in output
