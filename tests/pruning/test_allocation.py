@@ -36,8 +36,8 @@ def make_units(shapes=SHAPES, seed=0):
     rng = np.random.default_rng(seed)
     return [
         Units(
-            jnp.asarray(
-                np.round(np.abs(rng.normal(size=(1, *s))) * 8) / 8 * 2.0**i, jnp.float32
+            jax.device_put(
+                np.float32(np.round(np.abs(rng.normal(size=(1, *s))) * 8) / 8 * 2.0**i)
             ),
             (i,),
             (f"layer_{i}",),
@@ -190,7 +190,7 @@ def test_lamp_follows_the_paper(sparsity):
     rng = np.random.default_rng(2)
     drawn = [np.abs(rng.normal(size=s)) * 10.0**i for i, s in enumerate(SHAPES)]
     units = [
-        u._replace(scores=jnp.asarray(x, jnp.float32)[None])
+        u._replace(scores=jax.device_put(np.float32(x)[None]))
         for u, x in zip(UNITS, drawn, strict=True)
     ]
     found = []
@@ -210,7 +210,7 @@ def test_lamp_does_not_depend_on_the_scale_of_a_layer():
     units = make_units()
     kept = jopt.allocation.lamp(units, 0.7)
     scaled = [
-        u._replace(scores=u.scores * np.float32(10.0 ** (6 * i - 18)))
+        u._replace(scores=np.asarray(u.scores) * np.float32(10.0 ** (6 * i - 18)))
         for i, u in enumerate(units)
     ]
     again = jopt.allocation.lamp(scaled, 0.7)
@@ -264,27 +264,33 @@ def test_thresholds_mask_what_the_counts_keep():
     ranking, units = jopt.allocation.global_ranking, UNITS[:3]
     rank = jax.jit(lambda s: ranking(units, s))
     divide = jax.jit(lambda s: cuts(ranking, units, s))
+    mask_above = jax.jit(jax.vmap(jopt.arrays.selection.mask_above))
     for sparsity in (0.0, 0.4, 0.9, 1.0):
         kept = as_ints(rank(sparsity))
-        found = divide(sparsity), cuts(ranking, units, sparsity)
+        found = [divide(sparsity)]
+        if sparsity == 0.4:  # and as a number of Python
+            found.append(cuts(ranking, units, sparsity))
         for i, u in enumerate(units):
             best = np.argsort(-np.asarray(u.scores[0]).ravel(), kind="stable")
             expected = np.isin(np.arange(u.size), best[: kept[i]])
             for cut in found:
-                one = jax.tree.map(lambda x: x[0], cut[i])
-                mask = jopt.arrays.selection.mask_above(u.scores[0], one)
+                mask = mask_above(u.scores, cut[i])
                 np.testing.assert_array_equal(np.ravel(mask), expected)
 
 
-@pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
-@EXACT
-def test_sharded_layers_count_as_on_one_device(name, kind, request):
-    mesh = request.getfixturevalue(kind)
-    units = make_units([(8, 16), (16, 24)], seed=4)
-    allocation = ALLOCATIONS[name]
-    if name == "sensitivity":
+@pytest.fixture(scope="module", params=ALLOCATIONS)
+def on_one_device(request):
+    """An allocation, its layers, and what they keep without a mesh."""
+    allocation, units = ALLOCATIONS[request.param], make_units([(8, 16), (16, 24)], 4)
+    if request.param == "sensitivity":
         allocation = jopt.allocation.sensitivity({".*0": 1.0, ".*1": 2.0})
-    expected = as_ints(allocation(units, 0.7))
+    return allocation, units, as_ints(allocation(units, 0.7))
+
+
+@pytest.mark.parametrize("kind", ["auto_mesh", "explicit_mesh"])
+def test_sharded_layers_count_as_on_one_device(on_one_device, kind, request):
+    mesh = request.getfixturevalue(kind)
+    allocation, units, expected = on_one_device
     sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
     placed = [u._replace(scores=jax.device_put(u.scores, sharding)) for u in units]
     scores = [u.scores for u in placed]
@@ -302,10 +308,11 @@ def test_sharded_layers_count_as_on_one_device(name, kind, request):
 def test_host_and_step_make_the_same_masks(name):
     rng = np.random.default_rng(5)
     params = {
-        "layer_0": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32),
-        "layer_1": jnp.asarray(rng.normal(size=(3, 8, 6)), jnp.float32),
-        "layer_2": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32),
+        "layer_0": np.float32(rng.normal(size=(8, 6))),
+        "layer_1": np.float32(rng.normal(size=(3, 8, 6))),
+        "layer_2": np.float32(rng.normal(size=(8, 6))),
     }
+    params = jax.device_put(params)
     table = {"layer_1": [1.0, 2.0, 4.0], ".*": 1.5}
     allocation = ALLOCATIONS[name]
     if name == "sensitivity":
@@ -323,8 +330,7 @@ def test_host_and_step_make_the_same_masks(name):
         if update == "host":
             state = jopt.update_masks(tx, state, params)
         else:
-            grads = jax.tree.map(jnp.zeros_like, params)
-            _, state = jax.jit(tx.update)(grads, state, params)
+            _, state = jax.jit(tx.update)(params, state, params)
         masks.append(jopt.get_masks(state))
     jax.tree.map(np.testing.assert_array_equal, *masks)
     kept = sum(int(m.sum()) for m in jax.tree.leaves(masks[0]))

@@ -11,14 +11,13 @@ WIDTH = 16
 
 
 def make_params():
-    keys = jax.random.split(jax.random.key(0), 5)
-    return {
-        "blocks": {
-            f"{i}": {"kernel": jax.random.normal(keys[i], (WIDTH, WIDTH))}
-            for i in range(3)
-        },
-        "head": {"kernel": jax.random.normal(keys[3], (WIDTH, 4))},
-    }
+    rng = np.random.default_rng(0)
+    blocks = {f"{i}": {"kernel": normal(rng, WIDTH, WIDTH)} for i in range(3)}
+    return {"blocks": blocks, "head": {"kernel": normal(rng, WIDTH, 4)}}
+
+
+def normal(rng, *shape):
+    return jax.device_put(rng.normal(size=shape).astype(np.float32))
 
 
 def apply(params, x):
@@ -28,7 +27,7 @@ def apply(params, x):
 
 
 def train(tx, params, num_steps):
-    x = jax.random.normal(jax.random.key(9), (32, WIDTH))
+    x = normal(np.random.default_rng(9), 32, WIDTH)
     loss = lambda params: jnp.mean(apply(params, x) ** 2)  # noqa: E731
 
     @jax.jit
@@ -81,7 +80,7 @@ def test_rigl_around_accumulated_gradients():
     moved = 0
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert int(old.sum()) == int(new.sum())
-        moved += int((old != new).sum())
+        moved += int(np.sum(np.asarray(old) != np.asarray(new)))
     assert moved > 0
     for leaf, mask in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
         assert not np.any(np.asarray(leaf)[~np.asarray(mask)])
@@ -89,7 +88,7 @@ def test_rigl_around_accumulated_gradients():
 
 def test_one_shot_with_a_sparsity_and_a_pattern():
     params = make_params()
-    batches = [jax.random.normal(jax.random.key(i), (64, WIDTH)) for i in range(2)]
+    batches = [normal(np.random.default_rng(i), 64, WIDTH) for i in range(2)]
     sparse_params, masks, report = jopt.sparsegpt(apply, params, batches, sparsity=0.5)
     assert {row.sparsity for row in report} == {0.5}
     assert len(report) == 4
