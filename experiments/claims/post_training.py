@@ -11,7 +11,8 @@ embeddings and the head, from windows of the training text:
     awq             arXiv:2306.00978
     autoround       arXiv:2309.05516
     gptq            arXiv:2210.17323
-    gptq_fitted     the same, with the scales of least squared error
+    gptq_ordered    the same, inputs with the most activation first
+    gptq_fitted     GPTQ with the scales of least squared error
     gptq_corrected  the same, and layers corrected for those before (QEP,
                     arXiv:2504.09629)
 
@@ -48,8 +49,11 @@ class Config(one_shot.Config):
     """Where everything goes; started again with the same options it continues."""
     dense: Path | None = None
     """The folder of a finished one-shot claim, whose dense model is taken."""
+    calibration_batches: int = 32
+    """More than pruning needs: what is rounded last rests on small differences."""
     methods: tuple[str, ...] = (
-        "rtn", "hqq", "awq", "autoround", "gptq", "gptq_fitted", "gptq_corrected",
+        "rtn", "hqq", "awq", "autoround", "gptq", "gptq_ordered", "gptq_fitted",
+        "gptq_corrected",
     )  # fmt: skip
     bits: tuple[int, ...] = (8, 4, 3, 2)
     groups: tuple[int, ...] = (32, 128)
@@ -88,6 +92,10 @@ METHODS: dict[str, tuple[str, Quantizer]] = {
     "awq": ("AWQ", calibrated(jopt.awq)),
     "autoround": ("AutoRound", calibrated(jopt.autoround)),
     "gptq": ("GPTQ", calibrated(jopt.gptq)),
+    "gptq_ordered": (
+        "ordered GPTQ",
+        calibrated(jopt.gptq, activation_order=True),
+    ),
     "gptq_fitted": ("fitted GPTQ", calibrated(jopt.gptq, fit=LEAST_SQUARES)),
     "gptq_corrected": (
         "fitted GPTQ, QEP",
@@ -227,6 +235,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
         "#2166ac",
         "#762a83",
         "#1b7837",
+        "#e08214",
         "#7fbf7b",
         "#c51b7d",
     ]
