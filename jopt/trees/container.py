@@ -117,8 +117,9 @@ def write_file(
             one the same tensors may give files of different bytes.
     """
     # A folder, because the package writes to a name of chance beside the one it is told
-    # and leaves it there if the process is killed: the next save takes all of it away.
-    folder = path.with_name(path.name + ".tmp")
+    # and leaves it there if the process is killed: the next save takes all of it away,
+    # so its name is one that nobody else would choose.
+    folder = path.with_name(path.name + ".jopt.tmp")
     unfinished = folder / path.name
     specs = {
         name: safetensors.TensorSpec(
@@ -184,11 +185,9 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Array], dict[str, str]]:
     return {name: _view(data, row) for name, row in header.items()}, metadata
 
 
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:  # what earlier versions wrote was a file
-        path.unlink(missing_ok=True)
+def _remove(folder: pathlib.Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _view(data: Array, row: dict[str, Any]) -> Array:

@@ -468,15 +468,15 @@ def test_kill_at_any_moment(file, wait):
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 
-def test_what_a_killed_save_left_is_taken_away(file):
-    left = file.with_name(file.name + ".tmp")
-    left.write_bytes(b"the file of an earlier version")
-    jopt.save(file, {"n": 1})
-    left.mkdir()
-    (left / ".tmpRJgNSe").write_bytes(b"of the package's own")
-    (left / file.name).write_bytes(b"half")
-    jopt.save(file, {"n": 2}, overwrite=True)
-    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+def test_what_a_killed_save_left_is_taken_away_and_nothing_else(file):
+    left, own = (file.with_name(file.name + end) for end in (".jopt.tmp", ".tmp"))
+    for folder in (left, own):
+        folder.mkdir()
+        (folder / ".tmpRJgNSe").write_bytes(b"half")
+    jopt.save(file, {"n": 2})
+    names = {entry.name for entry in file.parent.iterdir()}
+    assert names == {file.name, own.name}
+    assert (own / ".tmpRJgNSe").read_bytes() == b"half"
     assert jopt.restore(file) == {"n": 2}
 
 
