@@ -42,7 +42,9 @@ class QuantSpec:
             largest magnitude of a group gets the lowest code; what the other end
             clips is off by a level at most. The mean squared error of normal weights
             in groups of 128 is 0.31, 0.58, 0.77 and 0.99 of the narrow one at 2, 3, 4
-            and 8 bits.
+            and 8 bits. Groups that lie on the narrow grid already keep it. None: False
+            where codes are chosen for weights once and stored (`gptq`, `rtn`, `hqq`
+            and their kin), True elsewhere.
         scale_dtype: bfloat16 or float32; microscaling formats bring their own.
 
     Raises:
@@ -61,7 +63,7 @@ class QuantSpec:
     axis: int | tuple[int, ...] | None = None
     group_size: int | None = None
     symmetric: bool = True
-    narrow_range: bool = True
+    narrow_range: bool | None = None
     scale_dtype: DTypeLike = jnp.bfloat16
 
     def __post_init__(self) -> None:
@@ -70,9 +72,11 @@ class QuantSpec:
                 f"format must be one of jopt.formats, got {self.format!r}: write "
                 "jopt.formats.int8, for example"
             )
-        check_flags(symmetric=self.symmetric, narrow_range=self.narrow_range)
+        check_flags(symmetric=self.symmetric)
         object.__setattr__(self, "symmetric", bool(self.symmetric))
-        object.__setattr__(self, "narrow_range", bool(self.narrow_range))
+        if self.narrow_range is not None:
+            check_flags(narrow_range=self.narrow_range)
+            object.__setattr__(self, "narrow_range", bool(self.narrow_range))
         object.__setattr__(self, "axis", _as_axes(self.axis))
         object.__setattr__(self, "scale_dtype", _scale_dtype(self))
         object.__setattr__(self, "group_size", _group_size(self))
@@ -80,12 +84,17 @@ class QuantSpec:
         _check_narrow_range(self)
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether the lowest code of symmetric integers is unused."""
+        return self.narrow_range is not False
+
+    @property
     def max_error(self) -> float:
         """How far a number of a group can be from its level, in units of |scale|.
 
         That of the format; 1 for full ranges, which clip one end by a level.
         """
-        return self.format.max_error if self.narrow_range else 1.0
+        return self.format.max_error if self.is_narrow else 1.0
 
     def __repr__(self) -> str:
         parts = [self.format.name]
@@ -174,12 +183,31 @@ def _check_symmetry(spec: QuantSpec) -> None:
 
 
 def _check_narrow_range(spec: QuantSpec) -> None:
-    if not spec.narrow_range and not (spec.format.kind == "integer" and spec.symmetric):
+    if not spec.is_narrow and not (spec.format.kind == "integer" and spec.symmetric):
         kind = "symmetric" if spec.symmetric else "asymmetric"
         raise ValueError(
             f"narrow_range must be True for {kind} {spec.format}, which uses all of "
             "its codes, got False: leave it out, or take a symmetric integer format"
         )
+
+
+def with_all_codes(spec: QuantSpec) -> QuantSpec:
+    """Decide for all codes where a spec leaves it open, and there are more to use.
+
+    Args:
+        spec: the spec.
+
+    Returns:
+        It, or with `narrow_range=False`.
+
+    >>> from jopt.arrays import formats
+    >>> with_all_codes(QuantSpec(formats.int4))
+    QuantSpec(int4, narrow_range=False)
+    """
+    is_open = spec.narrow_range is None and spec.symmetric
+    if is_open and spec.format.kind == "integer":
+        return dataclasses.replace(spec, narrow_range=False)
+    return spec
 
 
 def group_axis(ndim: int, spec: QuantSpec) -> int | None:

@@ -40,7 +40,7 @@ from jopt.quantization.layer_solving import (
     quantize_layer,
 )
 from jopt.quantization.low_rank import add_factors
-from jopt.quantization.specs import SpecOrRules, resolve_specs
+from jopt.quantization.specs import SpecOrRules, chosen_once, resolve_specs
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
 
@@ -273,6 +273,7 @@ def _targets(
     table: SiteTable, params: Any, spec_or_rules: SpecOrRules, select: rules.Select
 ) -> tuple[list[Target], dict[str, str]]:
     """Find what to quantize, with the spec of each leaf."""
+    spec_or_rules = chosen_once(spec_or_rules)
     specs = resolve_specs(spec_or_rules, params, select=select, sites=table)
     goals: list[Any] = jax.tree.leaves(specs, is_leaf=is_masked_node)
     if not isinstance(spec_or_rules, QuantSpec):

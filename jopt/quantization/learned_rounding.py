@@ -222,7 +222,7 @@ def _ends_and_step(
     if not spec.symmetric:
         return low, high, (high - low) / (2.0**spec.format.bits - 1.0)
     far = jnp.maximum(-low, high)
-    if spec.narrow_range:
+    if spec.is_narrow:
         return -far, far, far / spec.format.max_value
     step = far / (spec.format.max_value + 1.0)
     is_low = -low >= high

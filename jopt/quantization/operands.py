@@ -96,7 +96,7 @@ def require_static(activations: Activations) -> None:
                 f"their ranges, got {spec}; take a format without groups and "
                 "group_size=None, or ranges from each batch"
             )
-        if isinstance(spec, QuantSpec) and not spec.narrow_range:
+        if isinstance(spec, QuantSpec) and not spec.is_narrow:
             raise ValueError(
                 "activations must have narrow_range=True where a calibration or "
                 f"ranges= gives their ranges, which are -t to t, got {spec}; leave it "

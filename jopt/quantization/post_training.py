@@ -60,7 +60,9 @@ def gptq(
             is read into a list, any other iterable must give the same batches again.
         spec_or_rules: a `jopt.QuantSpec` of any format, or rules `{path pattern: spec
             or None}`, the first match deciding. Where `axis` is left out scales are per
-            output (and layer, and expert), and groups run along the inputs.
+            output (and layer, and expert), and groups run along the inputs. Where
+            `narrow_range` is left out symmetric integers use all their codes, -8 to 7
+            in int4, with scales of either sign.
         select: which leaves: a predicate `(path, leaf) -> bool` such as
             `jopt.matching(...)`, a tree of bools, or None for float leaves that only
             multiply, of two axes or more not counting stacked layers.
@@ -101,13 +103,13 @@ def gptq(
 
     >>> import jax.numpy as jnp, jopt
     >>> apply = lambda params, x: x @ params["w"]
-    >>> params = {"w": jnp.array([[7.0], [2.4]])}
+    >>> params = {"w": jnp.array([[-8.0], [2.4]])}
     >>> x = jnp.array([[1.0, 0.9], [0.9, 1.0]])
     >>> packed, report = gptq(apply, params, [x], jopt.QuantSpec(jopt.formats.int4))
     >>> print(report)
       layer    shape   format    bits   SNR dB      error
      ─────────────────────────────────────────────────────
-      w       [2, 1]     int4   12.00     25.3   1.81e-03
+      w       [2, 1]     int4   12.00     26.4   5.07e-03
     """
     options = (
         ("activation_order", activation_order),
@@ -237,8 +239,8 @@ def rtn(
     """Round to nearest, and measure on real inputs what that does to every layer.
 
     The codes are those of `jopt.quantize(params, spec, sites=..., fit=fit)`, which
-    needs no batches; this is the yardstick of the others. Arguments, results and
-    errors are those of `gptq`.
+    needs no batches, with `narrow_range=False` where the spec leaves that open; this is
+    the yardstick of the others. Arguments, results and errors are those of `gptq`.
 
     Args:
         apply: a pure function `apply(params, *inputs)`.
@@ -262,10 +264,10 @@ def rtn(
 
     >>> import jax.numpy as jnp, jopt
     >>> apply = lambda params, x: x @ params["w"]
-    >>> params = {"w": jnp.array([[7.0], [2.4]])}
+    >>> params = {"w": jnp.array([[-8.0], [2.4]])}
     >>> packed, _ = rtn(apply, params, [jnp.eye(2)], jopt.QuantSpec(jopt.formats.int4))
     >>> jopt.dequantize(packed)["w"][:, 0]
-    Array([7., 2.], dtype=float32)
+    Array([-8.,  2.], dtype=float32)
     """
     return quantize_layers(
         Method("rtn", round_to_nearest, "squares", fit=fit),

@@ -18,7 +18,7 @@ from jopt.quantization.layer_report import QuantizationReport
 from jopt.quantization.layer_solving import Method
 from jopt.quantization.layers import quantize_layers
 from jopt.quantization.learned_rounding import learn_offsets, learn_up_or_down
-from jopt.quantization.specs import SpecOrRules
+from jopt.quantization.specs import SpecOrRules, chosen_once
 from jopt.trees import rules
 from jopt.updates.project import require_transformation
 
@@ -85,7 +85,7 @@ def adaround(
 
     >>> import jax.numpy as jnp, jopt
     >>> apply = lambda params, x: x @ params["w"]
-    >>> params = {"w": jnp.array([[7.0], [2.3], [3.45]])}
+    >>> params = {"w": jnp.array([[-8.0], [2.3], [3.45]])}
     >>> x = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.9], [0.0, 0.9, 1.0]])
     >>> packed, _ = adaround(apply, params, [x], jopt.QuantSpec(jopt.formats.int4))
     >>> float(packed["w"].to_array()[1:].sum())  # 2.3 + 3.45 is nearer to 6 than to 5
@@ -222,8 +222,9 @@ def hqq(
     may stay wrong, and the scale (and zero point) of each group fitted to W - E by
     least squares; the best of all turns per group is kept, the first of which is
     rounding to nearest. It is `jopt.quantize` with `jopt.scale_fits.half_quadratic` as
-    its `fit`, which other methods take too; equations, and what is done in another way
-    than in the original, are there.
+    its `fit`, which other methods take too, and with `narrow_range=False` where the
+    spec leaves that open; equations, and what is done in another way than in the
+    original, are at the fit.
 
     Args:
         params: a float array, or any tree.
@@ -257,7 +258,7 @@ def hqq(
     """
     return quantize(
         params,
-        spec_or_rules,
+        chosen_once(spec_or_rules),
         sites=sites,
         fit=half_quadratic(norm=norm, num_steps=num_steps),
         select=select,

@@ -253,7 +253,8 @@ def _encode_spec(spec: QuantSpec) -> dict[str, Any]:
     own = spec.format
     is_known = _FORMATS.get(own.name) == own
     # Left out where it is usual: files from before it was there say nothing.
-    range_of = {} if spec.narrow_range else {"narrow_range": False}
+    is_usual = spec.narrow_range is None
+    range_of = {} if is_usual else {"narrow_range": spec.narrow_range}
     return {
         "format": own.name if is_known else dataclasses.asdict(own),
         "axis": list(spec.axis) if isinstance(spec.axis, tuple) else spec.axis,
@@ -276,6 +277,6 @@ def _decode_spec(row: dict[str, Any]) -> QuantSpec:
         axis=tuple(axis) if isinstance(axis, list) else axis,
         group_size=row["group_size"],
         symmetric=row["symmetric"],
-        narrow_range=row.get("narrow_range", True),
+        narrow_range=row.get("narrow_range"),
         scale_dtype=jnp.dtype(row["scale_dtype"]),
     )

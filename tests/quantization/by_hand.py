@@ -1,7 +1,17 @@
 """Rounding and GPTQ in float64 NumPy, as the papers write them, for integer formats."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
+
+
+def all_codes(spec):
+    """Return the spec that methods which choose codes once make of one."""
+    is_open = spec.narrow_range is None and spec.symmetric
+    if not is_open or spec.format.kind != "integer":
+        return spec
+    return dataclasses.replace(spec, narrow_range=False)
 
 
 def scale_by_hand(rows, spec, share=1.0):
@@ -11,6 +21,9 @@ def scale_by_hand(rows, spec, share=1.0):
     share = np.float32(share)
     low = share * np.minimum(rows.min(0), 0).astype(np.float32)
     high = share * np.maximum(rows.max(0), 0).astype(np.float32)
+    if spec.symmetric and spec.narrow_range is False:
+        scale = np.where(high > -low, -high, -low) / np.float32(2 ** (bits - 1))
+        return (_nearest(scale) if bfloat16 else scale), np.zeros_like(scale)
     if spec.symmetric:
         scale = np.maximum(-low, high) / np.float32(2 ** (bits - 1) - 1)
         return (_nearest(scale) if bfloat16 else scale), np.zeros_like(scale)
@@ -35,7 +48,7 @@ def codes_by_hand(w, scale, zero_point, spec):
     bits = spec.format.bits
     half = 2 ** (bits - 1)
     low, high = (-half, half - 1) if spec.format.signed else (0, 2 * half - 1)
-    if spec.symmetric:
+    if spec.symmetric and spec.narrow_range is not False:
         low = -high
     return np.clip(np.rint(w / scale) + zero_point, low, high)
 

@@ -117,6 +117,103 @@ def test_every_method_gains_by_it(method):
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_the_default_where_codes_are_chosen_once(method):
+    run = METHODS[method]
+    chosen, _ = run(spec_of(4, narrow_range=None))
+    asked, _ = run(spec_of(4))
+    assert chosen["w"].spec == asked["w"].spec
+    assert chosen["w"].spec.narrow_range is False
+    for a, b in zip(*map(jax.tree.leaves, (chosen, asked)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_is_the_default_without_data_and_by_rules():
+    params, open_ = {"a": W, "b": W}, spec_of(4, narrow_range=None)
+    both = [("a", open_), ("b", spec_of(4, narrow_range=True))]
+    batches = [{"a": X[0], "b": X[1]}]
+    product = lambda p, x: (x["a"] @ p["a"], x["b"] @ p["b"])  # noqa: E731
+    for rules in (both, tuple(both), dict(both)):
+        for packed in (
+            jopt.hqq(params, rules),
+            jopt.gptq(product, params, batches, rules, progress=False)[0],
+        ):
+            assert packed["a"].spec.narrow_range is False
+            assert packed["b"].spec.narrow_range is True
+    for format, options in (("uint4", {"symmetric": False}), ("nf4", {})):
+        spec = jopt.QuantSpec(getattr(jopt.formats, format), **options)
+        assert jopt.hqq({"w": W}, spec)["w"].spec == spec
+
+
+def test_elsewhere_the_default_is_narrow():
+    spec, narrow = (spec_of(4, narrow_range=value) for value in (None, True))
+    assert spec.is_narrow and spec != narrow
+    packed, same = (jopt.quantize({"w": W}, s)["w"] for s in (spec, narrow))
+    np.testing.assert_array_equal(packed.codes, same.codes)
+    np.testing.assert_array_equal(packed.to_array(), jopt.fake_quantize(W, spec))
+    assert packed.spec == spec
+
+
+def on_narrow_grid(bits, dtype=np.float32, seed=0):
+    """Codes times powers of two, each group with its largest level."""
+    rng, top = np.random.default_rng(seed), 2 ** (bits - 1) - 1
+    codes = rng.integers(-top, top + 1, (4, 16, 6))
+    codes[:, 3] = top * rng.choice([-1, 1], (4, 6))
+    scale = 2.0 ** rng.integers(-6, 3, (4, 1, 6))
+    return (codes * scale).reshape(64, 6).astype(dtype)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_on_the_narrow_grid_keeps_it(bits, dtype):
+    w = on_narrow_grid(bits, dtype)
+    w[48:, 5] = 0.0
+    q = jopt.quantize({"w": w}, spec_of(bits))["w"]
+    np.testing.assert_array_equal(q.to_array(), w)
+    assert (np.asarray(q.scale, np.float32) > 0).all()
+    one = np.where(np.arange(64)[:, None] % 16 == 7, w * 1.01, w).astype(dtype)
+    moved = jopt.quantize({"w": one}, spec_of(bits))["w"]
+    assert np.asarray(moved.scale, np.float32).min() < 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_powers_of_two_pass_every_method(method, monkeypatch):
+    w = on_narrow_grid(4)
+    monkeypatch.setitem(globals(), "W", w)
+    packed, report = METHODS[method](spec_of(4, narrow_range=None))
+    np.testing.assert_array_equal(jopt.dequantize(packed)["w"], w)
+    assert report["w"].error == 0
+
+
+def usual_gptq(w, gram, bits, size):
+    """Static scales of the largest magnitude over 7.5 in int4, as peers have them."""
+    h = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(w))
+    upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    w, q, half = w.astype(np.float64).copy(), np.zeros(w.shape), 2 ** (bits - 1)
+    scale = np.abs(w.reshape(-1, size, w.shape[1])).max(axis=1) / (half - 0.5)
+    scale = np.repeat(scale, size, axis=0)
+    for i in range(len(w)):
+        q[i] = np.clip(np.rint(w[i] / scale[i]), -half, half - 1) * scale[i]
+        w[i:] -= np.outer(upper[i, i:], (w[i] - q[i]) / upper[i, i])
+    return q
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_loses_less_than_on_the_grid_of_peers(bits):
+    rng = np.random.default_rng(3)
+    w = rng.normal(size=(256, 64)).astype(np.float32)
+    x = (rng.normal(size=(1024, 256)) @ rng.normal(size=(256, 256)) / 16).astype("f4")
+    spec = spec_of(bits, group_size=128, narrow_range=None)
+    packed, _ = jopt.gptq(apply, {"w": w}, [x], spec, progress=False)
+    gram = x.T.astype(np.float64) @ x
+    lost = [
+        np.sum(d * (gram @ d))
+        for q in (jopt.dequantize(packed)["w"], usual_gptq(w, gram, bits, 128))
+        for d in [w - np.asarray(q, np.float64)]
+    ]
+    assert lost[0] < 0.95 * lost[1]
+
+
 def test_execution_is_exact_on_powers_of_two():
     spec = spec_of(8, group_size=None)
     w = RNG.integers(-127, 128, (64, 6)).astype(np.float32)
@@ -137,11 +234,17 @@ def test_execution_is_exact_on_powers_of_two():
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])
 def test_files_keep_it(tmp_path, suffix):
-    packed = jopt.quantize({"w": W}, spec_of(4))
+    values = (False, True, None)
+    packed = {
+        str(value): jopt.quantize({"w": W}, spec_of(4, narrow_range=value))["w"]
+        for value in values
+    }
+    packed["w"] = packed["False"]
     path = tmp_path / f"model{suffix}"
     jopt.save(path, packed)
     back = jopt.restore(path)
-    assert back["w"].spec == packed["w"].spec
+    assert [back[str(v)].spec.narrow_range for v in values] == list(values)
+    assert all(back[key].spec == packed[key].spec for key in packed)
     np.testing.assert_array_equal(
         jopt.dequantize(back)["w"], jopt.dequantize(packed)["w"]
     )

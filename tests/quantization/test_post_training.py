@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jopt
 from tests.programs.zoo_equinox import equinox_mlp
-from tests.quantization.by_hand import gptq_by_hand, round_by_hand
+from tests.quantization.by_hand import all_codes, gptq_by_hand, round_by_hand
 
 F = jopt.formats
 INT4 = jopt.QuantSpec(F.int4)
@@ -24,8 +24,8 @@ METHODS = {"rtn": jopt.rtn, "gptq": jopt.gptq}
 every_method = pytest.mark.parametrize("name", METHODS)
 both_ways = pytest.mark.parametrize("in_order", [True, False])
 BY_HAND = {
-    "rtn": lambda x, w, spec: round_by_hand(w, spec)[0],
-    "gptq": lambda x, w, spec: gptq_by_hand(w, x.T @ x, spec)[0],
+    "rtn": lambda x, w, spec: round_by_hand(w, all_codes(spec))[0],
+    "gptq": lambda x, w, spec: gptq_by_hand(w, x.T @ x, all_codes(spec))[0],
 }
 
 
@@ -94,7 +94,9 @@ def test_rtn_is_quantize():
         jopt.QuantSpec(F.nf4, scale_dtype=jnp.float32),
     ):
         packed, _ = run("rtn", mlp, params, [x], spec)
-        expected = jopt.quantize(params, spec, sites=jopt.sites(mlp, params, x))
+        expected = jopt.quantize(
+            params, all_codes(spec), sites=jopt.sites(mlp, params, x)
+        )
         assert jax.tree.structure(packed) == jax.tree.structure(expected)
         for a, b in zip(*map(jax.tree.leaves, (packed, expected)), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -179,7 +181,7 @@ def test_convolutions_are_matrices_over_windows(groups):
         rows = windows[..., g * size : (g + 1) * size].reshape(16, -1)
         w = params["w"][..., g * per : (g + 1) * per].reshape(-1, per)
         q = found[..., g * per : (g + 1) * per].reshape(-1, per)
-        close(q, gptq_by_hand(w, rows.T @ rows, spec)[0])
+        close(q, gptq_by_hand(w, rows.T @ rows, all_codes(spec))[0])
         lost += ((rows @ (w - q)) ** 2).sum()
         whole += ((rows @ w) ** 2).sum()
     close(report["w"].error, lost / whole, rtol=1e-3)
@@ -197,10 +199,10 @@ def test_attention_kernels_of_three_axes_keep_scales_per_head():
     packed, _ = run("gptq", apply, params, [x], {"out": spec, "q": INT4})
     assert packed["q"].scale.shape == (1, 2, 6)
     assert packed["out"].scale.shape == (2, 2, 8)
-    q = gptq_by_hand(params["q"].reshape(8, 12), x.T @ x, INT4)[0]
+    q = gptq_by_hand(params["q"].reshape(8, 12), x.T @ x, all_codes(INT4))[0]
     close(packed["q"].to_array().reshape(8, 12), q)
     seen = np.tanh(x @ q)
-    out = gptq_by_hand(params["out"].reshape(12, 8), seen.T @ seen, spec)[0]
+    out = gptq_by_hand(params["out"].reshape(12, 8), seen.T @ seen, all_codes(spec))[0]
     close(packed["out"].to_array().reshape(12, 8), out)
 
 
@@ -221,8 +223,8 @@ def test_experts_see_their_own_tokens_and_one_without_any_is_rounded(in_order):
     found = packed["experts"].to_array()
     for expert, rows in ((0, x[:5]), (2, x[5:])):
         w = params["experts"][expert]
-        close(found[expert], gptq_by_hand(w, rows.T @ rows, INT4)[0])
-    close(found[1], round_by_hand(params["experts"][1], INT4)[0])
+        close(found[expert], gptq_by_hand(w, rows.T @ rows, all_codes(INT4))[0])
+    close(found[1], round_by_hand(params["experts"][1], all_codes(INT4))[0])
     assert "rounded to nearest" in report.left_alone["experts"]
     assert "in 1 of 3 matrices" in report.left_alone["experts"]
 
@@ -249,7 +251,9 @@ def test_what_was_not_reached_or_cannot_be_read_is_listed(in_order):
     )
     why = report.left_alone
     assert why["right"].startswith("rounded to nearest, no input but zeros reached it")
-    close(packed["right"].to_array(), round_by_hand(params["right"], INT4)[0])
+    close(
+        packed["right"].to_array(), round_by_hand(params["right"], all_codes(INT4))[0]
+    )
     assert "not made of its numbers" in why["scaled"]
     assert "not in their order" in why["mixed"]
     assert "derived#0" in why["a"]
@@ -259,7 +263,7 @@ def test_what_was_not_reached_or_cannot_be_read_is_listed(in_order):
     assert {row.path for row in report} == {"left", "right", "v", "w"}
     assert report["right"].error is None
     # The part of the leaf that nothing multiplies by is rounded to nearest.
-    close(packed["v"].to_array()[1], round_by_hand(params["v"][1], INT4)[0])
+    close(packed["v"].to_array()[1], round_by_hand(params["v"][1], all_codes(INT4))[0])
 
 
 def test_joined_leaves_are_quantized_with_the_inputs_they_share():
@@ -271,7 +275,7 @@ def test_joined_leaves_are_quantized_with_the_inputs_they_share():
     packed, report = run("gptq", apply, params, [x])
     assert len(report) == 2
     for key, w in params.items():
-        close(packed[key].to_array(), gptq_by_hand(w, x.T @ x, INT4)[0])
+        close(packed[key].to_array(), gptq_by_hand(w, x.T @ x, all_codes(INT4))[0])
     close(jopt.execute(apply)(packed, x), apply(jopt.dequantize(packed), x))
 
 
@@ -284,7 +288,7 @@ def test_parts_of_one_leaf_keep_their_own_scales():
     params = {"w": draw(8, 9)}
     x = draw(30, 8, seed=1)
     packed, report = run("gptq", apply, params, [x], select=jopt.matching("w"))
-    first = gptq_by_hand(params["w"][:, :5], x.T @ x, INT4)[0]
+    first = gptq_by_hand(params["w"][:, :5], x.T @ x, all_codes(INT4))[0]
     assert [row.path for row in report] == ["w", "w"]
     close(packed["w"].to_array()[:, :5], first)
 
