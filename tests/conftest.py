@@ -1,5 +1,6 @@
 """A strict harness: eight virtual CPU devices, no silent rank promotion."""
 
+import collections
 import os
 import pathlib
 
@@ -25,6 +26,36 @@ hypothesis.settings.register_profile(
     "nightly", deadline=None, max_examples=1000, print_blob=True
 )
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--half",
+        choices=["first", "second"],
+        help="of the cases of each test with several, so that two runs share them",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # markers first
+def pytest_collection_modifyitems(config, items):
+    """Leave out the cases that the other half has; tests with one case are in both.
+
+    By the parity of the bits of its place, so that each half sees every value of every
+    parameter, where tests have a product of several.
+    """
+    half = config.getoption("--half")
+    if half is None:
+        return
+    counts, kept, others = {}, [], []
+    sizes = collections.Counter(item.nodeid.partition("[")[0] for item in items)
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        place = counts[test] = counts.get(test, -1) + 1
+        is_second = place.bit_count() % 2 == 1
+        is_mine = sizes[test] == 1 or is_second == (half == "second")
+        (kept if is_mine else others).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(autouse=True, scope="module")

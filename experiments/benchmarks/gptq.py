@@ -180,6 +180,7 @@ def main() -> None:
             }
             ways = {
                 "jopt": {},
+                "jopt with static groups": {"static_groups": True},
                 "jopt in activation order": {"activation_order": True},
                 "jopt by least error": {"fit": jopt.scale_fits.least_error(norm=2)},
             }

@@ -9,9 +9,10 @@ follow take up as well as they can:
 
 so Q ends near the minimum of ||X W - X Q||^2 over the grid: see `jopt.arrays.sweeps`.
 The scales of a group are those of its weights as they are when its first input is
-reached. In activation order inputs with the largest diagonal of H come first, and
-scales are those of the weights before anything is rounded, so that groups stay what
-they are in memory.
+reached, or, static, as they are before anything is rounded: what a group takes up from
+those before widens its range, which costs more than it gains where bits are few. In
+activation order inputs with the largest diagonal of H come first, and scales are
+static, so that groups stay what they are in memory.
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers, arXiv:2210.17323.
@@ -40,6 +41,7 @@ def gptq_matrix(
     spec: QuantSpec,
     *,
     activation_order: bool = False,
+    static_groups: bool = False,
     block_size: int = 128,
     damping: float = 0.01,
     fit: Fit = by_range,
@@ -51,6 +53,7 @@ def gptq_matrix(
         gram: [inputs, inputs]: X^T X over the calibration rows, at any scale.
         spec: the format and the groups, which run along the inputs.
         activation_order: whether inputs with the largest diagonal come first.
+        static_groups: whether scales are those before anything is rounded.
         block_size: inputs whose errors are passed on together; the result does not
             depend on it but for rounding.
         damping: added to the diagonal of H, as a fraction of its mean.
@@ -79,6 +82,7 @@ def gptq_matrix(
     wide = weights.astype(jnp.float32)
     options: dict[str, Any] = {
         "activation_order": activation_order,
+        "static_groups": static_groups,
         "block_size": block_size,
         "damping": damping,
         "fit": fit,
@@ -95,14 +99,21 @@ def gptq_matrix(
     return found.values, found.scale
 
 
-def check(*, activation_order: bool, block_size: int, damping: float, fit: Fit) -> None:
+def check(
+    *,
+    activation_order: bool,
+    static_groups: bool,
+    block_size: int,
+    damping: float,
+    fit: Fit,
+) -> None:
     """Raise for options that are wrong whatever the weights.
 
     Raises:
         TypeError: an option is of a wrong type.
         ValueError: a number is out of range.
     """
-    check_flags(activation_order=activation_order)
+    check_flags(activation_order=activation_order, static_groups=static_groups)
     require_count("block_size", block_size, least=1)
     check_strength("damping", damping, "0.01 is usual")
     check_fit(fit)
@@ -166,8 +177,11 @@ def round_prepared(
         group = order // width
         values = _with_scales(weights[order], prepared, scale, group, spec, block)
         values = jnp.zeros_like(values).at[order].set(values)
-    elif spec.group_size is None or scale.outer_scale is not None:
-        # An outer scale is one of all groups: they cannot be scaled one by one.
+    elif (
+        options["static_groups"]
+        or spec.group_size is None
+        or scale.outer_scale is not None  # one of all groups: not to be had one by one
+    ):
         group = jnp.arange(size) // width
         values = _with_scales(weights, prepared, scale, group, spec, block)
     else:

@@ -34,6 +34,7 @@ def gptq(
     error_propagation: bool = True,
     correction: float = 0.0,
     activation_order: bool = False,
+    static_groups: bool = False,
     block_size: int = 128,
     damping: float = 0.01,
     fit: Fit = by_range,
@@ -78,6 +79,9 @@ def gptq(
         activation_order: whether inputs that are large come first, with the scales that
             the weights have before anything is rounded. It helps where few inputs are
             much larger than others.
+        static_groups: whether groups have the scales that their weights have before
+            anything is rounded, also in the order of the inputs, instead of those that
+            they have by their turn: in large groups of 3 and 2 bits that loses less.
         block_size: inputs whose errors are passed on together.
         damping: part of the mean of the diagonal that is added to it.
         fit: how scales follow from weights, a function of `jopt.scale_fits`:
@@ -113,6 +117,7 @@ def gptq(
     """
     options = (
         ("activation_order", activation_order),
+        ("static_groups", static_groups),
         ("block_size", block_size),
         ("damping", damping),
         ("fit", fit),

@@ -270,7 +270,8 @@ def _round(
 
 def _gptq_options(options: dict[str, Any]) -> dict[str, Any]:
     own = {key: options[key] for key in ("damping", "fit")}
-    return {"activation_order": False, "block_size": _BLOCK_SIZE, **own}
+    usual = {"activation_order": False, "static_groups": False}
+    return {**usual, "block_size": _BLOCK_SIZE, **own}
 
 
 def _rounded(

@@ -66,7 +66,14 @@ def round_by_hand(weights, spec):
 
 
 def gptq_by_hand(
-    weights, gram, spec, *, activation_order=False, damping=0.01, share=1.0
+    weights,
+    gram,
+    spec,
+    *,
+    activation_order=False,
+    static_groups=False,
+    damping=0.01,
+    share=1.0,
 ):
     """Quantize [inputs, outputs] by arXiv:2210.17323: values and codes."""
     w, h = weights.astype(np.float64), gram.astype(np.float64)
@@ -85,7 +92,7 @@ def gptq_by_hand(
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
     values, codes = np.zeros(w.shape), np.zeros(w.shape)
     for i in range(len(w)):
-        if activation_order or spec.group_size is None:
+        if activation_order or static_groups or spec.group_size is None:
             scale, zero_point = static[order[i] // size]
         elif i % size == 0:
             scale, zero_point = scale_by_hand(w[i : i + size], spec, share)

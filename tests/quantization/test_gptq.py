@@ -34,19 +34,37 @@ SPECS = [
     jopt.QuantSpec(F.int8, scale_dtype=jnp.float32),
     jopt.QuantSpec(F.uint4, symmetric=False, group_size=12),
     jopt.QuantSpec(F.int4, symmetric=False),
+    jopt.QuantSpec(F.int3, group_size=12, narrow_range=False),
 ]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("order", [False, True])
-def test_equals_the_published_algorithm(spec, order):
+@pytest.mark.parametrize("option", ["", "activation_order", "static_groups"])
+def test_equals_the_published_algorithm(spec, option):
     weights, gram = make(48, 7)
-    found, scale = gptq_matrix(
-        weights, gram, spec, activation_order=order, block_size=32
-    )
-    expected, codes = gptq_by_hand(weights, gram, spec, activation_order=order)
+    options = {option: True} if option else {}
+    found, scale = gptq_matrix(weights, gram, spec, block_size=32, **options)
+    expected, codes = gptq_by_hand(weights, gram, spec, **options)
     np.testing.assert_array_equal(compute_codes(found, scale, spec), codes)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        jopt.QuantSpec(F.uint2, symmetric=False, group_size=128),
+        jopt.QuantSpec(F.int2, narrow_range=False, group_size=128),
+    ],
+    ids=str,
+)
+def test_static_groups_lose_less_in_large_groups_of_two_bits(spec):
+    weights, gram = make(256, 32)
+    lost = []
+    for static_groups in (True, False):
+        found, _ = gptq_matrix(weights, gram, spec, static_groups=static_groups)
+        d = weights - np.asarray(found, np.float64)
+        lost.append(np.sum(d * (gram @ d)))
+    assert lost[0] < 0.97 * lost[1]
 
 
 @pytest.mark.parametrize("block", [1, 16, 24, 48, 500])

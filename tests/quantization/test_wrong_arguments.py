@@ -35,6 +35,7 @@ LAYERS = [
     ("gptq", {"damping": NAN}, ValueError, "damping must be at least 0 and finite"),
     ("gptq", {"block_size": 1.5}, ValueError, "block_size must be an integer of .*1.5"),
     ("gptq", {"activation_order": "no"}, TypeError, "activation_order must be True or"),
+    ("gptq", {"static_groups": 1}, TypeError, "static_groups must be True or"),
     ("gptq", {"correction": "a"}, TypeError, "correction must be a number, got 'a'"),
     ("rtn", {"correction": True}, TypeError, "correction must be a number, got True"),
     (
