@@ -16,7 +16,8 @@ embeddings and the head, from windows of the training text:
     gptq_corrected  the same, and layers corrected for those before (QEP,
                     arXiv:2504.09629)
 
-Scales are bfloat16 and have zero points beside them. Then the weights stay floats, and
+Scales are bfloat16 and have zero points beside them, or, with `--symmetric`, either
+sign. Then the weights stay floats, and
 attention reads keys and values from caches of few bits, a scale per token and head.
 What is evaluated is what would ship: the packed params, executed on the held-out text;
 bits are those of codes, scales and zero points over the weights.
@@ -57,6 +58,8 @@ class Config(one_shot.Config):
     )  # fmt: skip
     bits: tuple[int, ...] = (8, 4, 3, 2)
     groups: tuple[int, ...] = (32, 128)
+    symmetric: bool = False
+    """Signed integers without zero points, as `jopt.QuantSpec` has them by default."""
     caches: tuple[str, ...] = ("int8", "fp8_e4m3", "int4")
 
 
@@ -104,8 +107,10 @@ METHODS: dict[str, tuple[str, Quantizer]] = {
 }
 
 
-def spec_of(bits: int, group: int) -> jopt.QuantSpec:
-    """Return integers with a zero point per group."""
+def spec_of(bits: int, group: int, symmetric: bool) -> jopt.QuantSpec:
+    """Return integers with a scale per group, and a zero point or none."""
+    if symmetric:
+        return jopt.QuantSpec(getattr(jopt.formats, f"int{bits}"), group_size=group)
     return jopt.QuantSpec(
         getattr(jopt.formats, f"uint{bits}"), group_size=group, symmetric=False
     )
@@ -132,12 +137,14 @@ def cache_record_of(out: Path, name: str) -> Path:
     return out / "runs" / f"cache_{name}" / "result.json"
 
 
-def run(job: one_shot.Job, method: str, bits: int, group: int) -> dict[str, Any]:
+def run(
+    job: one_shot.Job, method: str, bits: int, group: int, *, symmetric: bool
+) -> dict[str, Any]:
     """Quantize by one method and evaluate."""
     packed, start = job.params, time.perf_counter()
     apply, weight_bits = job.apply, 32.0
     if method != "dense":
-        packed = METHODS[method][1](job, spec_of(bits, group))
+        packed = METHODS[method][1](job, spec_of(bits, group, symmetric))
         jax.block_until_ready(packed)
         apply = jopt.execute(job.apply)
         chosen = [
@@ -312,7 +319,7 @@ def main(config: Config) -> None:
             record = record_of(config.out, *item)
             if not record.exists():
                 records.say("{} {} bits, groups of {}".format(*item))
-                result = run(job, *item)
+                result = run(job, *item, symmetric=config.symmetric)
                 records.write_json(record, result)
                 records.say(f"  {result['loss']:.4f} nats")
         for name in config.caches:

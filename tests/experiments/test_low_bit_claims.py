@@ -58,6 +58,9 @@ def test_post_training_takes_a_dense_model_and_adds_what_is_missing(
     go("other", bits=(8,), methods=("rtn",), dense=tmp_path / "out")
     other = json.loads((tmp_path / "other" / "post_training.json").read_text())
     assert other["results"][0]["loss"] == results["dense", 32]["loss"]
+    go("signed", bits=(3,), methods=("rtn",), dense=tmp_path / "out", symmetric=True)
+    signed = json.loads((tmp_path / "signed" / "post_training.json").read_text())
+    assert signed["results"][1]["bits_per_weight"] == 3 + 16 / 8
 
 
 @pytest.mark.exhaustive
