@@ -56,6 +56,8 @@ class Config:
     batch_size: int = 16
     learning_rate: float = 3e-3
     calibration_batches: int = 8
+    calibration_seed: int = 1
+    """Another draws other windows of the training text."""
     test_windows: int = 2000
     """At most so many, side by side; more than the held-out text has is all of it."""
     save_every: int = 200
@@ -127,9 +129,10 @@ class Job:
         self.apply, self.first = models.build(size, data, seed=0)
         self.test = datasets.test_batch(data, most=config.test_windows)
         self.predict = compress.make_predict(self.apply)
-        # Windows that training has not drawn under the same number.
+        # Windows that training, with seed 0, has not drawn under the same number.
+        seed, size = config.calibration_seed, config.batch_size
         self.calibration = [
-            datasets.batch_at(data, seed=1, step=i, size=config.batch_size)["x"]
+            datasets.batch_at(data, seed=seed, step=i, size=size)["x"]
             for i in range(config.calibration_batches)
         ]
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib import ticker
 
 import jopt
 from experiments import compress, generate, models, plots, records
@@ -258,9 +259,12 @@ def draw(results: list[dict[str, Any]]) -> Any:
         )
     axis.axhline(0.5, color="#222222", linestyle=":", label="0.5 %")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=99))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set_xlabel("bits per weight, scales and zero points included")
     axis.set_ylabel("held-out loss over that of floats, %")
-    axis.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     plots.clean(axis, "A GPT quantized after training")
     return figure
 

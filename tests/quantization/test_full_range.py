@@ -120,8 +120,8 @@ def test_every_method_gains_by_it(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_the_default_where_codes_are_chosen_once(method):
     run = METHODS[method]
-    chosen, _ = run(spec_of(4, narrow_range=None))
-    asked, _ = run(spec_of(4))
+    chosen, _ = run(spec_of(3, narrow_range=None))
+    asked, _ = run(spec_of(3))
     assert chosen["w"].spec == asked["w"].spec
     assert chosen["w"].spec.narrow_range is False
     for a, b in zip(*map(jax.tree.leaves, (chosen, asked)), strict=True):
@@ -178,9 +178,9 @@ def test_what_is_on_the_narrow_grid_keeps_it(bits, dtype):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_powers_of_two_pass_every_method(method, monkeypatch):
-    w = on_narrow_grid(4)
+    w = on_narrow_grid(3)
     monkeypatch.setitem(globals(), "W", w)
-    packed, report = METHODS[method](spec_of(4, narrow_range=None))
+    packed, report = METHODS[method](spec_of(3, narrow_range=None))
     np.testing.assert_array_equal(jopt.dequantize(packed)["w"], w)
     assert report["w"].error == 0
 
