@@ -40,18 +40,18 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Leave out the cases that the other half has; tests with one case are in both.
 
-    By the parity of the bits of its place, so that each half sees every value of every
-    parameter, where tests have a product of several.
+    By the parity of the sum of the places of a case's parameters among their values,
+    so that in a product of several each half sees every value of each.
     """
     half = config.getoption("--half")
     if half is None:
         return
-    counts, kept, others = {}, [], []
+    kept, others = [], []
     sizes = collections.Counter(item.nodeid.partition("[")[0] for item in items)
     for item in items:
         test = item.nodeid.partition("[")[0]
-        place = counts[test] = counts.get(test, -1) + 1
-        is_second = place.bit_count() % 2 == 1
+        places = item.callspec.indices.values() if sizes[test] > 1 else ()
+        is_second = sum(places) % 2 == 1
         is_mine = sizes[test] == 1 or is_second == (half == "second")
         (kept if is_mine else others).append(item)
     items[:] = kept

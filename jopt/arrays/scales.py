@@ -3,8 +3,7 @@
 Elements that share a scale form a group, with the range [low, high] that contains zero:
 
     symmetric    scale = max(-low, high) / largest level
-    full range   scale = -(low or high, whichever is farther from 0) / 2^(bits - 1),
-                 that of the narrow range where all of a group is on its grid
+    full range   scale = -(low or high, whichever is farther from 0) / 2^(bits - 1)
     asymmetric   scale = (high - low) / (2^bits - 1)
                  zero_point = round(lowest code - low / scale)
     mean         scale = mean |w|                               (ternary, binary)
@@ -23,7 +22,6 @@ In nvfp4 alone a group may vanish, if it is 2^19 times smaller than the largest 
 of its matrix: the format has no smaller number.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,8 +128,7 @@ def compute_range(
 
     Returns:
         (low, high), float32 of `scale_shape(w.shape, spec)`: the smallest and largest
-        element or zero; for ternary and binary minus and plus the mean magnitude. The
-        full range of a group that lies on the narrow grid is that of all its levels.
+        element or zero; for ternary and binary minus and plus the mean magnitude.
 
     Raises:
         ValueError: the spec does not fit the shape.
@@ -150,27 +147,7 @@ def compute_range(
     if spec.format.scale_rule == "mean":
         high = _mean_magnitude(w, jnp.maximum(-low, high))
         low = -high
-    if not spec.is_narrow:
-        low = _lowest_level(w, low, high, spec)
     return low, high
-
-
-def _lowest_level(
-    w: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec
-) -> jax.Array:
-    """Return the lower end of a full range: that of the narrow grid if `w` is on it.
-
-    What lies there already, such as codes times a power of two, would lose by a grid
-    whose lowest level is the largest number.
-    """
-    narrow = compute_scale(low, high, dataclasses.replace(spec, narrow_range=True))
-    scale = narrow.scale.astype(jnp.float32)
-    wide = spread_groups(scale, w.shape)
-    levels = jnp.round(quotient(w.astype(jnp.float32), wide))
-    is_off = (levels * wide).astype(w.dtype) != w
-    some_off = reduce_groups(is_off, low.shape, jnp.any)
-    is_kept = ~some_off & (jnp.maximum(-low, high) > 0)
-    return jnp.where(is_kept, -(highest_level(spec) + 1) * scale, low)
 
 
 def _mean_magnitude(w: jax.Array, absmax: jax.Array) -> jax.Array:

@@ -42,9 +42,9 @@ class QuantSpec:
             largest magnitude of a group gets the lowest code; what the other end
             clips is off by a level at most. The mean squared error of normal weights
             in groups of 128 is 0.31, 0.58, 0.77 and 0.99 of the narrow one at 2, 3, 4
-            and 8 bits. Groups that lie on the narrow grid already keep it. None: False
-            where codes are chosen for weights once and stored (`gptq`, `rtn`, `hqq`
-            and their kin), True elsewhere.
+            and 8 bits. None is True, but in `gptq`, `awq`, `adaround`, `autoround`,
+            `rtn`, `svdquant` and `hqq`, which choose codes once: there it is False,
+            unless a leaf lies on the narrow grid, where it loses nothing.
         scale_dtype: bfloat16 or float32; microscaling formats bring their own.
 
     Raises:
@@ -75,7 +75,11 @@ class QuantSpec:
         check_flags(symmetric=self.symmetric)
         object.__setattr__(self, "symmetric", bool(self.symmetric))
         if self.narrow_range is not None:
-            check_flags(narrow_range=self.narrow_range)
+            if not isinstance(self.narrow_range, bool | np.bool_):
+                raise TypeError(
+                    "narrow_range must be True, False or None, got "
+                    f"{self.narrow_range!r}"
+                )
             object.__setattr__(self, "narrow_range", bool(self.narrow_range))
         object.__setattr__(self, "axis", _as_axes(self.axis))
         object.__setattr__(self, "scale_dtype", _scale_dtype(self))
@@ -186,28 +190,9 @@ def _check_narrow_range(spec: QuantSpec) -> None:
     if not spec.is_narrow and not (spec.format.kind == "integer" and spec.symmetric):
         kind = "symmetric" if spec.symmetric else "asymmetric"
         raise ValueError(
-            f"narrow_range must be True for {kind} {spec.format}, which uses all of "
-            "its codes, got False: leave it out, or take a symmetric integer format"
+            f"narrow_range must be left out for {kind} {spec.format}, which uses all "
+            "of its codes, got False: it is for symmetric integer formats"
         )
-
-
-def with_all_codes(spec: QuantSpec) -> QuantSpec:
-    """Decide for all codes where a spec leaves it open, and there are more to use.
-
-    Args:
-        spec: the spec.
-
-    Returns:
-        It, or with `narrow_range=False`.
-
-    >>> from jopt.arrays import formats
-    >>> with_all_codes(QuantSpec(formats.int4))
-    QuantSpec(int4, narrow_range=False)
-    """
-    is_open = spec.narrow_range is None and spec.symmetric
-    if is_open and spec.format.kind == "integer":
-        return dataclasses.replace(spec, narrow_range=False)
-    return spec
 
 
 def group_axis(ndim: int, spec: QuantSpec) -> int | None:

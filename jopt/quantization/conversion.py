@@ -1,5 +1,6 @@
 """Float trees to quantized trees: round to nearest, one array or many."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ def quantize(
         tree: a float array, which is always quantized, or any tree.
         spec_or_rules: a `jopt.QuantSpec`, or for a tree ordered rules
             `{pattern: spec or None}`, or a `jopt.Calibration`, which carries its specs
-            and, where they were learned, the ranges of weights.
+            and, where they were learned, the ranges of weights. Symmetric integers
+            have the grid of training; `narrow_range=False` gives them all codes.
         sites: what `jopt.sites(apply, params, *inputs)` returned: leaves that multiply
             or are looked up are quantized, and the roles of their axes say where a spec
             with `axis=None` keeps scales (outputs, layers, rows of a table) and along
@@ -66,6 +68,29 @@ def quantize(
     >>> q.nbytes * 8 / q.size
     4.5
     """
+    return convert(
+        tree,
+        spec_or_rules,
+        sites=sites,
+        scales=scales,
+        fit=fit,
+        select=select,
+        stacked_axes=stacked_axes,
+    )
+
+
+def convert(
+    tree: Any,
+    spec_or_rules: SpecOrRules | Calibration,
+    *,
+    sites: SiteTable | None,
+    scales: Any,
+    fit: Fit | None,
+    select: rules.Select,
+    stacked_axes: rules.StackedAxes,
+    decide: Callable[[jax.Array, QuantSpec], QuantSpec] | None = None,
+) -> Any:
+    """Quantize, with a last word on each leaf's spec; see `quantize`."""
     if fit is not None and scales is not None:
         raise ValueError(
             "fit must be None where scales are given, got both; leave one out"
@@ -79,10 +104,12 @@ def quantize(
                 "spec_or_rules must be a jopt.QuantSpec for a bare array, "
                 f"got {spec_or_rules!r}"
             )
+        spec = spec_or_rules
         if fitted is not None:
-            w = check_array(tree, spec_or_rules, "w")
-            scales = fitted(w, spec_or_rules)
-        return quantize_array(tree, spec_or_rules, scale=scales)
+            w = check_array(tree, spec, "w")
+            spec = spec if decide is None else decide(w, spec)
+            scales = fitted(w, spec)
+        return quantize_array(tree, spec, scale=scales)
     ranges: dict[str, Range] = {}
     if isinstance(spec_or_rules, Calibration):
         ranges = spec_or_rules.weights
@@ -104,7 +131,9 @@ def quantize(
         if path in ranges:
             scale = scale_of(ranges[path], spec, leaf.ndim)
         elif fitted is not None:
-            scale = fitted(check_array(leaf, spec, path), spec)
+            w = check_array(leaf, spec, path)
+            spec = spec if decide is None else decide(w, spec)
+            scale = fitted(w, spec)
         scale = None if is_masked_node(scale) else scale
         arrays.append(quantize_array(leaf, spec, scale=scale, path=path))
     return treedef.unflatten(arrays)

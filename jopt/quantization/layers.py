@@ -25,6 +25,7 @@ from jopt.programs.record import track
 from jopt.programs.sites import SiteTable
 from jopt.programs.spread import automatic, beside, on_every_device
 from jopt.programs.targets import Target, find_targets, require_finite
+from jopt.quantization.chosen_once import with_all_codes
 from jopt.quantization.layer_report import (
     QuantizationReport,
     QuantizedRow,
@@ -40,7 +41,7 @@ from jopt.quantization.layer_solving import (
     quantize_layer,
 )
 from jopt.quantization.low_rank import add_factors
-from jopt.quantization.specs import SpecOrRules, chosen_once, resolve_specs
+from jopt.quantization.specs import SpecOrRules, resolve_specs
 from jopt.trees import rules
 from jopt.updates.states import is_masked_node
 
@@ -273,7 +274,6 @@ def _targets(
     table: SiteTable, params: Any, spec_or_rules: SpecOrRules, select: rules.Select
 ) -> tuple[list[Target], dict[str, str]]:
     """Find what to quantize, with the spec of each leaf."""
-    spec_or_rules = chosen_once(spec_or_rules)
     specs = resolve_specs(spec_or_rules, params, select=select, sites=table)
     goals: list[Any] = jax.tree.leaves(specs, is_leaf=is_masked_node)
     if not isinstance(spec_or_rules, QuantSpec):
@@ -291,7 +291,9 @@ def _targets(
     targets = [target for target in targets if target.path not in left]
     for target in targets:
         _check_grid(target)
-    return targets, left
+    leaves = jax.tree.leaves(params)
+    chosen = {t.leaf: with_all_codes(leaves[t.leaf], t.goal) for t in targets}
+    return [t._replace(goal=chosen[t.leaf]) for t in targets], left
 
 
 def _check_correction(correction: Any, error_propagation: bool) -> None:

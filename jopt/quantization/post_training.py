@@ -63,7 +63,7 @@ def gptq(
             or None}`, the first match deciding. Where `axis` is left out scales are per
             output (and layer, and expert), and groups run along the inputs. Where
             `narrow_range` is left out symmetric integers use all their codes, -8 to 7
-            in int4, with scales of either sign.
+            in int4, with scales of either sign, unless a leaf is on the narrow grid.
         select: which leaves: a predicate `(path, leaf) -> bool` such as
             `jopt.matching(...)`, a tree of bools, or None for float leaves that only
             multiply, of two axes or more not counting stacked layers.
@@ -81,7 +81,7 @@ def gptq(
             much larger than others.
         static_groups: whether groups have the scales that their weights have before
             anything is rounded, also in the order of the inputs, instead of those that
-            they have by their turn: in large groups of 3 and 2 bits that loses less.
+            they have by their turn: in groups of 128, that loses less at 3 and 2 bits.
         block_size: inputs whose errors are passed on together.
         damping: part of the mean of the diagonal that is added to it.
         fit: how scales follow from weights, a function of `jopt.scale_fits`:

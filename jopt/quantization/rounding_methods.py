@@ -13,12 +13,13 @@ import optax
 from jopt.arrays.arguments import check_strength, require_count
 from jopt.arrays.scale_fits import Fit, by_range, half_quadratic
 from jopt.programs.sites import SiteTable
-from jopt.quantization.conversion import quantize
+from jopt.quantization.chosen_once import with_all_codes
+from jopt.quantization.conversion import convert
 from jopt.quantization.layer_report import QuantizationReport
 from jopt.quantization.layer_solving import Method
 from jopt.quantization.layers import quantize_layers
 from jopt.quantization.learned_rounding import learn_offsets, learn_up_or_down
-from jopt.quantization.specs import SpecOrRules, chosen_once
+from jopt.quantization.specs import SpecOrRules
 from jopt.trees import rules
 from jopt.updates.project import require_transformation
 
@@ -222,9 +223,9 @@ def hqq(
     may stay wrong, and the scale (and zero point) of each group fitted to W - E by
     least squares; the best of all turns per group is kept, the first of which is
     rounding to nearest. It is `jopt.quantize` with `jopt.scale_fits.half_quadratic` as
-    its `fit`, which other methods take too, and with `narrow_range=False` where the
-    spec leaves that open; equations, and what is done in another way than in the
-    original, are at the fit.
+    its `fit`, which other methods take too, and with the grid of `gptq`, of all codes
+    where the spec leaves that open. Equations, and what is done in another way than in
+    the original, are at the fit.
 
     Args:
         params: a float array, or any tree.
@@ -256,13 +257,15 @@ def hqq(
     >>> bool(errors[0] < 0.8 * errors[1])
     True
     """
-    return quantize(
+    return convert(
         params,
-        chosen_once(spec_or_rules),
+        spec_or_rules,
         sites=sites,
+        scales=None,
         fit=half_quadratic(norm=norm, num_steps=num_steps),
         select=select,
         stacked_axes=stacked_axes,
+        decide=with_all_codes,
     )
 
 

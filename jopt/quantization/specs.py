@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jopt.arrays.specs import QuantSpec, check_spec, with_all_codes
+from jopt.arrays.specs import QuantSpec, check_spec
 from jopt.programs.sites import SiteTable
 from jopt.quantization.roles import LeafRoles, leaf_roles, leaf_spec, require_table
 from jopt.trees import paths, rules
@@ -91,27 +91,6 @@ def resolve_specs(
         check_spec(leaf.shape, spec, path=path)
         found.append(spec)
     return treedef.unflatten(found)
-
-
-def chosen_once(spec_or_rules: Any) -> Any:
-    """Give specs of weights all codes, where they leave it open.
-
-    Scales that are stored beside the codes need not be found again from the numbers, as
-    those of training are, nor serve inputs: what they cost is the error alone.
-
-    Args:
-        spec_or_rules: as for `resolve_specs`, which checks it.
-
-    Returns:
-        The same, each spec by `with_all_codes`.
-    """
-    if isinstance(spec_or_rules, Mapping):
-        return {key: chosen_once(spec) for key, spec in spec_or_rules.items()}
-    if isinstance(spec_or_rules, list | tuple):
-        return [chosen_once(part) for part in spec_or_rules]
-    if isinstance(spec_or_rules, QuantSpec):
-        return with_all_codes(spec_or_rules)
-    return spec_or_rules
 
 
 def nothing_found(argument: str, what: str, sites: SiteTable) -> ValueError:

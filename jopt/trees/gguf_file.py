@@ -156,7 +156,7 @@ def _quantized(
         format,
         axis=tuple(range(-data.ndim, -1)),
         group_size=_BLOCK,
-        narrow_range=not is_packed,  # Q4_0 uses all codes, and scales of either sign
+        narrow_range=False if is_packed else None,  # Q4_0: scales of either sign
         scale_dtype=jnp.float32,
     )
     return QuantizedArray(

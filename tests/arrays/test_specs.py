@@ -116,7 +116,11 @@ def test_only_integers_have_zero_points(name):
         ({"axis": (0, 0)}, ValueError, "each axis once, got \\(0, 0\\)"),
         ({"symmetric": "no"}, TypeError, "symmetric must be True or False, got 'no'"),
         ({"symmetric": None}, TypeError, "symmetric must be True or False, got None"),
-        ({"narrow_range": 1}, TypeError, "narrow_range must be True or False, got 1"),
+        (
+            {"narrow_range": 1},
+            TypeError,
+            "narrow_range must be True, False or None, got 1",
+        ),
         ({"group_size": 0}, ValueError, "group_size must be a positive int"),
         ({"group_size": 32.0}, ValueError, "group_size must be a positive int"),
         ({"group_size": True}, ValueError, "group_size must be a positive int"),

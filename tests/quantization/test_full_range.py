@@ -163,26 +163,68 @@ def on_narrow_grid(bits, dtype=np.float32, seed=0):
     return (codes * scale).reshape(64, 6).astype(dtype)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_on_the_narrow_grid_keeps_it(bits, dtype):
-    w = on_narrow_grid(bits, dtype)
-    w[48:, 5] = 0.0
-    q = jopt.quantize({"w": w}, spec_of(bits))["w"]
-    np.testing.assert_array_equal(q.to_array(), w)
-    assert (np.asarray(q.scale, np.float32) > 0).all()
-    one = np.where(np.arange(64)[:, None] % 16 == 7, w * 1.01, w).astype(dtype)
-    moved = jopt.quantize({"w": one}, spec_of(bits))["w"]
-    assert np.asarray(moved.scale, np.float32).min() < 0
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_powers_of_two_pass_every_method(method, monkeypatch):
-    w = on_narrow_grid(3)
+    w, spec = on_narrow_grid(3), spec_of(3, narrow_range=None)
     monkeypatch.setitem(globals(), "W", w)
-    packed, report = METHODS[method](spec_of(3, narrow_range=None))
+    packed, report = METHODS[method](spec)
     np.testing.assert_array_equal(jopt.dequantize(packed)["w"], w)
     assert report["w"].error == 0
+    assert packed["w"].spec.is_narrow
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_what_is_on_the_narrow_grid_keeps_it(bits, dtype, scale_dtype):
+    options = {"scale_dtype": jnp.dtype(scale_dtype)}
+    spec, narrow = (spec_of(bits, narrow_range=v, **options) for v in (None, True))
+    first = jopt.quantize({"w": W.astype(dtype)}, spec)
+    trained, x = jopt.dequantize(first), X[0].astype(dtype)
+    for method in (
+        lambda spec: jopt.hqq(trained, spec),
+        lambda spec: jopt.gptq(apply, trained, [x], spec, progress=False)[0],
+    ):
+        packed, want = method(spec)["w"], method(narrow)["w"]
+        assert packed.spec.narrow_range is None
+        np.testing.assert_array_equal(packed.codes, want.codes)
+        np.testing.assert_array_equal(packed.scale, want.scale)
+    # A third of a level off, where a level is large beside the number.
+    moved = np.array(trained["w"], np.float32)
+    at = np.unravel_index(np.abs(moved).argmin(), moved.shape)
+    moved[at] += np.abs(np.asarray(first["w"].scale, np.float32)).min() / 3
+    other = jopt.hqq({"w": jnp.asarray(moved, dtype)}, spec)
+    assert not other["w"].spec.is_narrow
+
+
+def test_inside_jit_nothing_is_known_to_be_on_a_grid():
+    spec = spec_of(3, narrow_range=None)
+    packed = jax.jit(lambda w: jopt.hqq({"w": w}, spec))(on_narrow_grid(3))
+    assert packed["w"].spec.narrow_range is False
+    assert jopt.hqq({"w": on_narrow_grid(3)}, spec)["w"].spec == spec
+
+
+def test_huge_and_nan_weights():
+    top = float(jnp.finfo(jnp.bfloat16).max)
+    for w in (jnp.full((4, 4), top, jnp.bfloat16), jnp.array([[3e38], [0.0]])):
+        values = jopt.hqq({"w": w}, jopt.QuantSpec(jopt.formats.int2))["w"].to_array()
+        assert np.isfinite(np.asarray(values, np.float32)).all()
+    w = jnp.array([[1.0, jnp.nan], [0.3, 1.0]])
+    q = jopt.hqq({"w": w}, jopt.QuantSpec(jopt.formats.int4))["w"]
+    assert not q.spec.is_narrow
+
+
+def test_it_leaves_and_returns_as_compressed_tensors(tmp_path):
+    packed, _ = METHODS["gptq"](spec_of(4, narrow_range=None))
+    narrow = jopt.quantize(jnp.asarray(W), spec_of(4, narrow_range=True))
+    tree = {"a": packed["w"], "b": narrow}
+    jopt.write_compressed_tensors(tmp_path, tree)
+    back, _ = jopt.read_compressed_tensors(tmp_path, transposed=jopt.matching(".*"))
+    found = {key.partition(".")[0]: leaf for key, leaf in back.items()}
+    assert found["a"].spec.narrow_range is False
+    assert found["b"].spec.is_narrow
+    for key in "ab":
+        np.testing.assert_array_equal(found[key].to_array(), tree[key].to_array())
 
 
 def usual_gptq(w, gram, bits, size):
@@ -289,9 +331,9 @@ def test_bits_schedules_keep_it():
     ],
 )
 def test_other_formats_refuse_it(format, options, words):
-    with pytest.raises(ValueError, match=f"narrow_range must be True for {words}"):
+    with pytest.raises(ValueError, match=f"narrow_range must be left out for {words}"):
         jopt.QuantSpec(getattr(jopt.formats, format), narrow_range=False, **options)
-    with pytest.raises(TypeError, match="narrow_range must be True or False"):
+    with pytest.raises(TypeError, match="narrow_range must be True, False or None"):
         jopt.QuantSpec(jopt.formats.int4, narrow_range=0)
 
 

@@ -228,11 +228,15 @@ def _quantized(
 ) -> QuantizedArray:
     bits = weights.get("num_bits", 8)
     wide = "float32" if scale.dtype == np.float16 else scale.dtype.name
+    is_full = point is None and (
+        bool((codes == -(2 ** (bits - 1))).any()) or bool((scale < 0).any())
+    )
     spec = QuantSpec(
         getattr(formats, f"int{bits}"),
         axis=() if weights["strategy"] == "tensor" else -2,
         group_size=weights["group_size"] if weights["strategy"] == "group" else None,
         symmetric=point is None,
+        narrow_range=False if is_full else None,
         scale_dtype=jnp.dtype(wide),
     )
     return QuantizedArray(

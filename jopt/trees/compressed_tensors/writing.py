@@ -263,8 +263,8 @@ def _config(
 
 
 def _check_activations(spec: QuantSpec) -> None:
-    plain = dataclasses.replace(spec, scale_dtype=jnp.bfloat16)
-    if plain != QuantSpec(formats.int8):
+    plain = dataclasses.replace(spec, scale_dtype=jnp.bfloat16, narrow_range=None)
+    if plain != QuantSpec(formats.int8) or not spec.is_narrow:
         raise ValueError(
             f"activations must be jopt.QuantSpec(jopt.formats.int8), a scale per "
             f"token, or None, got {spec}; leave it out"
