@@ -249,7 +249,7 @@ def hqq(
 
     >>> import jax.numpy as jnp, jopt
     >>> params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(64, 1).at[0].set(-4.0)}
-    >>> spec = jopt.QuantSpec(jopt.formats.int4)
+    >>> spec = jopt.QuantSpec(jopt.formats.int3, narrow_range=False)
     >>> errors = [
     ...     jnp.abs(params["w"] - q["w"].to_array()).mean()
     ...     for q in (hqq(params, spec), jopt.quantize(params, spec))
