@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -36,6 +37,17 @@ def pytest_addoption(parser):
     )
 
 
+def values_of(item):
+    """List the values of a case's parameters, together where they are given together."""
+    params = dict(item.callspec.params)
+    groups = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        names = names.split(",") if isinstance(names, str) else names
+        groups.append([params.pop(name.strip(), None) for name in names])
+    return [repr(value) for value in [*groups, *params.values()]]
+
+
 @pytest.hookimpl(trylast=True)  # markers first
 def pytest_collection_modifyitems(config, items):
     """Leave out the cases that the other half has; tests with one case are in both.
@@ -46,12 +58,15 @@ def pytest_collection_modifyitems(config, items):
     half = config.getoption("--half")
     if half is None:
         return
-    kept, others = [], []
+    kept, others, places = [], [], {}
     sizes = collections.Counter(item.nodeid.partition("[")[0] for item in items)
     for item in items:
         test = item.nodeid.partition("[")[0]
-        places = item.callspec.indices.values() if sizes[test] > 1 else ()
-        is_second = sum(places) % 2 == 1
+        place = 0
+        for i, value in enumerate(values_of(item) if sizes[test] > 1 else ()):
+            met = places.setdefault((test, i), {})
+            place += met.setdefault(value, len(met))
+        is_second = place % 2 == 1
         is_mine = sizes[test] == 1 or is_second == (half == "second")
         (kept if is_mine else others).append(item)
     items[:] = kept
@@ -65,6 +80,17 @@ def forget_programs():
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 8_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request):
+    """Give each test the draws that it has alone, whichever tests ran before it."""
+    module = getattr(request.node, "module", None)
+    for name, value in list(vars(module).items()) if module else ():
+        if isinstance(value, np.random.Generator):
+            states = vars(module).setdefault("__states_at_import__", {})
+            state = states.setdefault(name, value.bit_generator.state)
+            value.bit_generator.state = state
 
 
 @pytest.fixture(scope="session")
