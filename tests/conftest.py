@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 
 
 def values_of(item):
-    """List the values of a case's parameters, together where they are given together."""
+    """List the values of a case's parameters, joined where they are given together."""
     params = dict(item.callspec.params)
     groups = []
     for mark in item.iter_markers("parametrize"):

@@ -230,7 +230,7 @@ def test_lsq_gradients_are_those_of_the_paper(format, levels):
     spec = jopt.QuantSpec(format, scale_dtype=jnp.float32)
     step = 0.25
     x = 0.4 * levels * step * normal(1, 40)
-    assert 0 < (jnp.abs(x) > levels * step).sum() < 20
+    x = x.at[0, :2].set(jnp.array([1.5, -1.2]) * levels * step)  # clipped
     ds, inside, scale = lsq_gradients(x, step, levels)
     w = normal(40, 1)
     qat, init_ranges = jopt.fake_quantize(dot, None, activations=spec, ranges="learned")
@@ -273,7 +273,7 @@ def test_pact_gradients_are_those_of_the_paper():
 
 
 def test_learned_ranges_learn_and_ship():
-    """A range that starts far too wide shrinks, and the result ships bit for bit."""
+    """A range that starts far too wide shrinks, beyond that of the largest numbers."""
 
     def mlp(params, x):
         return jax.nn.relu(x @ params["a"]) @ params["b"]
@@ -283,8 +283,9 @@ def test_learned_ranges_learn_and_ship():
     y = mlp(params, x)
     spec = jopt.QuantSpec(FORMATS.int3)
     qat, init_ranges = jopt.fake_quantize(mlp, spec, activations=spec, ranges="learned")
-    ranges = jax.tree.map(lambda high: 4 * high, init_ranges(params, x))
-    tx = optax.adam(3e-2)
+    first = init_ranges(params, x)
+    ranges = jax.tree.map(lambda high: 4 * high, first)
+    tx = optax.adam(1e-1)
 
     @jax.jit
     def step(ranges, state):
@@ -298,7 +299,8 @@ def test_learned_ranges_learn_and_ship():
     for _ in range(150):
         ranges, state, loss = step(ranges, state)
         losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < jnp.mean((qat(params, x, ranges=first) - y) ** 2)
     packed = jopt.quantize(params, ranges)
     got = jopt.execute(mlp, activations=ranges)(packed, x)
     np.testing.assert_allclose(got, qat(params, x, ranges=ranges), rtol=1e-5, atol=1e-5)
