@@ -292,7 +292,8 @@ def _targets(
     for target in targets:
         _check_grid(target)
     leaves = jax.tree.leaves(params)
-    chosen = {t.leaf: with_all_codes(leaves[t.leaf], t.goal) for t in targets}
+    goals_of = {t.leaf: t.goal for t in targets}  # parts of a leaf have one
+    chosen = {at: with_all_codes(leaves[at], goal) for at, goal in goals_of.items()}
     return [t._replace(goal=chosen[t.leaf]) for t in targets], left
 
 
