@@ -3,23 +3,28 @@
 Run: python -m experiments.benchmarks.gptq --out gptq.json
 
 All take the same weights and Gram matrix, in float32, in turn, from there to the
-quantized weights; jopt also as users call it, from the inputs on, without and with the
-error of the results. Inputs are small integers, so X^T X is exact whoever adds it up.
-What is right is told by the reference in float64. llm-compressor takes part where it is
-installed (it needs torch); its scales are float32, and those of the weights before
-anything is rounded. Both have 16 levels in int4: jopt's largest magnitude of a group
-gets -8, llm-compressor's 7.5 levels. Errors are compared as jopt's come by default, and
-with float32 scales; on 15 levels (narrow_range=True) and with zero points too.
+quantized weights; jopt as users call it, from the inputs on, without and with the error
+of the results. Scales are those of the whole range of a group, as the paper's code has
+them, and, as jopt has them by default, of the share of it with the least squared error;
+the reference does both. Inputs are small integers, so X^T X is exact whoever adds it
+up. What is right is told by the reference in float64. llm-compressor takes part where
+it is installed (it needs torch); its scales are float32, of the whole range, and those
+of the weights before anything is rounded. Both have 16 levels in int4: jopt's largest
+magnitude of a group gets -8, llm-compressor's 7.5 levels. Errors are compared as jopt's
+come by default, and with float32 scales; on 15 levels (narrow_range=True) and with zero
+points too.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import scipy.linalg
 
@@ -27,16 +32,35 @@ import jopt
 from experiments.benchmarks import measure, one_shot
 
 GROUP, BLOCK, DAMPING = 128, 128, 0.01
+# How jopt finds scales, and the shares of the range that the reference tries for it.
+FITS = {
+    "default": ({}, np.linspace(1.0, 0.45, 12, dtype=np.float32)),
+    "by_range": ({"fit": jopt.scale_fits.by_range}, np.ones(1, np.float32)),
+}
 
 
-def scale_of(rows, bits):
+def round_to(rows, scale, bits):
+    """Return the codes of some rows."""
+    half = 2 ** (bits - 1)
+    return np.clip(np.rint(rows / scale), -half, half - 1)
+
+
+def scale_of(rows, bits, shares):
     """Return the scales of the outputs of some rows, of either sign, as bfloat16."""
     largest = np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
-    scale = -largest.astype(np.float32) / np.float32(2 ** (bits - 1))
-    return np.asarray(jnp.asarray(scale).astype(jnp.bfloat16).astype(jnp.float32))
+    least, best = np.inf, np.ones((), rows.dtype)
+    for share in shares:
+        scale = -largest.astype(np.float32) * share / np.float32(2 ** (bits - 1))
+        scale = scale.astype(ml_dtypes.bfloat16).astype(rows.dtype)
+        if len(shares) == 1:
+            return scale
+        lost = np.square(rows - round_to(rows, scale, bits) * scale).sum(0)
+        best = np.where(lost < least, scale, best)
+        least = np.minimum(lost, least)
+    return best
 
 
-def reference(weights, gram, bits, dtype=np.float32):
+def reference(weights, gram, bits, dtype=np.float32, *, shares):
     """The algorithm of arXiv:2210.17323, with weights as [inputs, outputs]."""
     w, h = weights.astype(dtype), gram.astype(dtype)
     size, outputs = w.shape
@@ -45,7 +69,6 @@ def reference(weights, gram, bits, dtype=np.float32):
     lower = scipy.linalg.cholesky(h, lower=True)
     inverse = scipy.linalg.cho_solve((lower, True), np.eye(size, dtype=dtype))
     upper = scipy.linalg.cholesky(inverse, lower=False)
-    top = 2 ** (bits - 1) - 1
     codes = np.zeros(w.shape, np.int8)
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
@@ -53,8 +76,8 @@ def reference(weights, gram, bits, dtype=np.float32):
         r = upper[begin:end, begin:end]
         for i in range(end - begin):
             if (begin + i) % GROUP == 0:
-                scale = scale_of(block[i : i + GROUP], bits).astype(dtype)
-            code = np.clip(np.rint(block[i] / scale), -top - 1, top)
+                scale = scale_of(block[i : i + GROUP], bits, shares)
+            code = round_to(block[i], scale, bits)
             codes[begin + i] = code
             error = (block[i] - code * scale) / r[i, i]
             block[i] = code * scale
@@ -122,55 +145,62 @@ def main() -> None:
             jax.block_until_ready(packed)
             return packed["kernel"], report
 
-        def from_inputs(bits=bits):
-            return reference(weights, x.T @ x, bits)
-
-        def with_error(from_inputs=from_inputs):
-            w, codes = from_inputs()
+        def with_error(run):
+            w, codes = run()
             left, whole = np.square(x @ (weights - w)), np.square(x @ weights)
             return codes, left.sum() / whole.sum()
 
         first = one_shot.first_call(lambda ours=ours: ours(errors=False)[0].codes)
-        runs = {
-            "jopt": lambda ours=ours: ours(errors=False)[0].codes,
-            "jopt with errors": lambda ours=ours: ours()[0].codes,
-            "numpy": lambda f=from_inputs: f()[1],
-            "numpy with errors": lambda f=with_error: f()[0],
-        }
+        runs: dict[str, Any] = {}
+        for name, (way, shares) in FITS.items():
+            ref = functools.partial(
+                lambda b, shares: reference(weights, x.T @ x, b, shares=shares),
+                bits,
+                shares,
+            )
+            go = functools.partial(ours, **way)
+            runs[f"jopt {name}"] = lambda go=go: go(errors=False)[0].codes
+            runs[f"numpy {name}"] = lambda ref=ref: ref()[1]
+            if name == "default":
+                runs["jopt with errors"] = lambda go=go: go()[0].codes
+                runs["numpy with errors"] = lambda ref=ref: with_error(ref)[0]
         if has_peer:
             theirs = peer(weights, gram, bits)
             runs["llm-compressor"] = lambda theirs=theirs: (x.T @ x, theirs())
         seconds = measure.alternate(runs, rounds=args.rounds, warmup=1)
-        right, codes = reference(weights, gram, bits, np.float64)
-        packed, report = ours()
-        again = jopt.dequantize(packed)
-        differ = np.asarray(codes_of(packed)) != codes
         simple = jopt.rtn(
             one_shot.apply, params, batches, spec, errors=False, progress=False
         )[0]["kernel"].to_array()
-        same = ~differ.any(axis=0)
         row = {
             "seconds": seconds,
-            "faster": seconds["numpy"] / seconds["jopt"],
+            "first_call_seconds": first,
             "faster_with_errors": seconds["numpy with errors"]
             / seconds["jopt with errors"],
-            "first_call_seconds": first,
-            "codes_that_differ": int(differ.sum()),
-            "of": int(differ.size),
-            "outputs_with_the_same_codes": int(same.sum()),
-            "numpy_float32_codes_that_differ": int(
-                (reference(weights, gram, bits)[1] != codes).sum()
-            ),
-            "error": lost(weights, again, gram),
-            "error_in_the_report": report["kernel"].error,
-            "error_of_float64": lost(weights, right, gram),
             "error_of_rounding": lost(weights, simple, gram),
         }
+        for name, (way, shares) in FITS.items():
+            right, codes = reference(weights, gram, bits, np.float64, shares=shares)
+            near = reference(weights, gram, bits, shares=shares)[1]
+            packed, report = ours(**way)
+            differ = np.asarray(codes_of(packed)) != codes
+            row[name] = {
+                "faster": seconds[f"numpy {name}"] / seconds[f"jopt {name}"],
+                "codes_that_differ": int(differ.sum()),
+                "of": int(differ.size),
+                "outputs_with_the_same_codes": int((~differ.any(axis=0)).sum()),
+                "numpy_float32_codes_that_differ": int((near != codes).sum()),
+                "error": lost(weights, jopt.dequantize(packed), gram),
+                "error_in_the_report": report["kernel"].error,
+                "error_of_float64": lost(weights, right, gram),
+            }
+            if has_peer:
+                row[name]["over_llm_compressor"] = (
+                    seconds["llm-compressor"] / seconds[f"jopt {name}"]
+                )
         if has_peer:
-            row["over_llm_compressor"] = seconds["llm-compressor"] / seconds["jopt"]
             row["error_of_llm_compressor"] = lost(weights, theirs(), gram)
             row["error_over_llm_compressor"] = (
-                row["error"] / row["error_of_llm_compressor"]
+                row["default"]["error"] / row["error_of_llm_compressor"]
             )
             wide = dataclasses.replace(spec, scale_dtype=jnp.float32)
             grids = {
@@ -178,11 +208,13 @@ def main() -> None:
                 "narrow range": dataclasses.replace(wide, narrow_range=True),
                 "asymmetric": dataclasses.replace(wide, symmetric=False),
             }
+            by_range = FITS["by_range"][0]
             ways = {
                 "jopt": {},
-                "jopt with static groups": {"static_groups": True},
-                "jopt in activation order": {"activation_order": True},
-                "jopt by least error": {"fit": jopt.scale_fits.least_error(norm=2)},
+                "jopt by range": by_range,
+                "jopt by range with static groups": by_range | {"static_groups": True},
+                "jopt by range in activation order": by_range
+                | {"activation_order": True},
             }
             for grid, other in grids.items():
                 theirs = peer(weights, gram, bits, symmetric=other.symmetric)

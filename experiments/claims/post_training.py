@@ -10,11 +10,10 @@ embeddings and the head, from windows of the training text:
     hqq             the same, with scales of half-quadratic fits: no text is needed
     awq             arXiv:2306.00978
     autoround       arXiv:2309.05516
-    gptq            arXiv:2210.17323
+    gptq_by_range   arXiv:2210.17323, with scales that reach the largest weights
+    gptq            the same with the scales of least squared error
     gptq_ordered    the same, inputs with the most activation first
-    gptq_fitted     GPTQ with the scales of least squared error
-    gptq_corrected  the same, and layers corrected for those before (QEP,
-                    arXiv:2504.09629)
+    gptq_corrected  GPTQ, and layers corrected for those before (QEP, arXiv:2504.09629)
 
 Scales are bfloat16 and have zero points beside them, or, with `--symmetric`, either
 sign. Then the weights stay floats, and
@@ -54,7 +53,7 @@ class Config(one_shot.Config):
     calibration_batches: int = 32
     """More than pruning needs: what is rounded last rests on small differences."""
     methods: tuple[str, ...] = (
-        "rtn", "hqq", "awq", "autoround", "gptq", "gptq_ordered", "gptq_fitted",
+        "rtn", "hqq", "awq", "autoround", "gptq_by_range", "gptq", "gptq_ordered",
         "gptq_corrected",
     )  # fmt: skip
     bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -89,22 +88,18 @@ def without_data(job: one_shot.Job, spec: jopt.QuantSpec) -> Any:
     return jopt.hqq(job.params, spec, select=one_shot.PRUNED)
 
 
-LEAST_SQUARES = jopt.scale_fits.least_error(norm=2.0)
 METHODS: dict[str, tuple[str, Quantizer]] = {
     "rtn": ("to nearest", calibrated(jopt.rtn, errors=False)),
     "hqq": ("HQQ", without_data),
     "awq": ("AWQ", calibrated(jopt.awq)),
     "autoround": ("AutoRound", calibrated(jopt.autoround)),
+    "gptq_by_range": (
+        "GPTQ by range",
+        calibrated(jopt.gptq, fit=jopt.scale_fits.by_range),
+    ),
     "gptq": ("GPTQ", calibrated(jopt.gptq)),
-    "gptq_ordered": (
-        "ordered GPTQ",
-        calibrated(jopt.gptq, activation_order=True),
-    ),
-    "gptq_fitted": ("fitted GPTQ", calibrated(jopt.gptq, fit=LEAST_SQUARES)),
-    "gptq_corrected": (
-        "fitted GPTQ, QEP",
-        calibrated(jopt.gptq, fit=LEAST_SQUARES, correction=1.0),
-    ),
+    "gptq_ordered": ("ordered GPTQ", calibrated(jopt.gptq, activation_order=True)),
+    "gptq_corrected": ("GPTQ, QEP", calibrated(jopt.gptq, correction=1.0)),
 }
 
 

@@ -96,9 +96,13 @@ class QuantSpec:
     def max_error(self) -> float:
         """How far a number of a group can be from its level, in units of |scale|.
 
-        That of the format; 1 for full ranges, which clip one end by a level.
+        That of the format. Full ranges clip one end by a level, and by as much more as
+        a scale that is rounded to bfloat16 reaches less far: 1 + 2^(bits - 1) 2^-8.
         """
-        return self.format.max_error if self.is_narrow else 1.0
+        if self.is_narrow:
+            return self.format.max_error
+        is_rounded = self.scale_dtype == jnp.bfloat16
+        return 1.0 + is_rounded * 2.0 ** (self.format.bits - 9)
 
     def __repr__(self) -> str:
         parts = [self.format.name]

@@ -2,8 +2,9 @@
 
     k ~ k' = (codes - zero_point) * scale,      |k - k'| <= e = h * scale
 
-with h = 1/2 for integers, half the widest gap between levels for other formats. Two
-ways to share scales keep what is stored as it is while tokens are appended:
+with h = 1/2 for integers, half the widest gap between levels for other formats, more
+for full ranges (`QuantSpec.max_error`). Two ways to share scales keep what is stored as
+it is while tokens are appended:
 
     per token     a token brings the scales of its heads (`axis=None`, or an axis that
                   names tokens); it is rounded once, when it comes.

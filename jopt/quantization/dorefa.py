@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.quantization.specs import masked_paths
+from jopt.quantization.specs import masks_by_path
 from jopt.trees import paths, rules
 from jopt.updates.project import (
     ProjectState,
@@ -33,6 +33,7 @@ def dorefa(
     *,
     begin_step: int = 0,
     select: rules.Select = None,
+    stacked_axes: rules.StackedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `inner` so that params are the DoReFa weights of its latents.
 
@@ -46,12 +47,16 @@ def dorefa(
         inner: any Optax transformation.
         bits: k, in 1 to 7.
         begin_step: count of the first update that quantizes.
-        select: which leaves; float leaves with two axes when None.
+        select: which leaves; float leaves with two axes, stacked ones not counted, when
+            None.
+        stacked_axes: which axis stacks layers, each with a maximum of its own: an int
+            or rules `{pattern: axis}`.
 
     Returns:
         A transformation with one latent copy. `jopt.quantize(params, spec)` stores what
         it makes, with spec `jopt.QuantSpec(int3, axis=(), scale_dtype=jnp.float32)` for
-        two bits, and so on; for one bit with `jopt.formats.binary`.
+        two bits, and so on; for one bit with `jopt.formats.binary`; with the stacked
+        axis as `axis` where layers are stacked.
 
     Raises:
         TypeError: `inner` is no transformation.
@@ -72,17 +77,39 @@ def dorefa(
         raise ValueError(f"bits must be an integer in 1 to 7, got {bits!r}")
     inner = require_transformation(inner, "dorefa")
 
-    def snap(latent: Any) -> Any:
-        return jax.tree.map(lambda w: quantized(w, bits), latent)
+    def layers_of(params: optax.Params) -> Any:
+        """Map a function of one layer over the leaves, with what is stacked in them."""
+        treedef: Any = jax.tree.structure(params)
+        stacks = rules.stacked_axis_of(stacked_axes, params)
+
+        def over(fn: Any, *trees: Any) -> Any:
+            columns = zip(*(treedef.flatten_up_to(tree) for tree in trees), strict=True)
+            return treedef.unflatten([
+                fn(*leaves) if axis is None or is_masked_node(leaves[0])
+                else jax.vmap(fn, axis, axis)(*leaves)
+                for axis, leaves in zip(stacks, columns, strict=True)
+            ])  # fmt: skip
+
+        return over
 
     def bind(params: optax.Params) -> optax.GradientTransformationExtraArgs:
-        chosen = rules.select_leaves(select, params)
+        chosen = rules.select_leaves(select, params, stacked_axes=stacked_axes)
         tree = jax.tree.unflatten(jax.tree.structure(params), chosen)
-        return project(inner, snap, begin_step=begin_step, select=tree)
+        over = layers_of(params)
+
+        def layer(w: Any) -> Any:
+            return w if is_masked_node(w) else quantized(w, bits)
+
+        return project(
+            inner,
+            lambda latent: over(layer, latent),
+            begin_step=begin_step,
+            select=tree,
+        )
 
     def init(params: optax.Params) -> ProjectState:
         state: ProjectState = bind(params).init(params)
-        masked = {*masked_paths(state.inner_state)} & {*paths.leaf_paths(state.latent)}
+        masked = {*masks_by_path(state.inner_state)} & {*paths.leaf_paths(state.latent)}
         if masked:
             raise ValueError(
                 f"dorefa needs weights without masks, got {sorted(masked)}, which are "
@@ -106,9 +133,7 @@ def dorefa(
                 _, pull = jax.vjp(squashed, w.astype(jnp.float32))
                 return jnp.where(on, pull(g.astype(jnp.float32))[0].astype(g.dtype), g)
 
-            updates = jax.tree.map(
-                chained, state.latent, updates, is_leaf=is_masked_node
-            )
+            updates = layers_of(params)(chained, state.latent, updates)
         return bind(params).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

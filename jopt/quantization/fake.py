@@ -31,6 +31,7 @@ from jopt.quantization.arguments import Arguments, require_step
 from jopt.quantization.backward import round_gradients
 from jopt.quantization.operands import (
     Activations,
+    check_activations,
     is_float,
     ranges_of,
     require_static,
@@ -151,6 +152,9 @@ def fake_quantize(
             f"calibration must be a jopt.Calibration or None, got {calibration!r}; "
             "specs are given as spec= and activations="
         )
+    check_activations(spec, argument="spec")
+    check_activations(activations)
+    check_activations(gradients, argument="gradients", is_measured=False)
     require_step("begin_step", begin_step)
     if isinstance(spec, Calibration):
         calibration = spec if calibration is None else calibration
@@ -188,11 +192,6 @@ class Behind(NamedTuple):
 
     def specs(self, table: sites.SiteTable) -> dict[str, QuantSpec]:
         """Find the spec of the cotangent of each site."""
-        if isinstance(self.gradients, Calibration):
-            raise TypeError(
-                "gradients must be a jopt.QuantSpec or rules {pattern: spec}, got a "
-                "calibration: gradients have ranges of their own"
-            )
         pairs = site_specs(self.gradients, table, argument="gradients")
         return {name: a or b for name, (a, b) in pairs.items() if a or b}
 

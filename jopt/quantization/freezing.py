@@ -6,8 +6,11 @@ A wrapper *inside* `quantize_weights`, where it holds latents: with a scale that
 what they round to stays too, to the bit. Freezing the largest weights first and
 training what is left makes up for their rounding errors (incremental network
 quantization, Zhou et al., arXiv:1702.03044).
+
+What `inner` prunes becomes zero, frozen or not.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import optax
 from jopt.arrays import packing
 from jopt.arrays.arguments import require_count
 from jopt.arrays.patterns import make_mask
+from jopt.quantization.specs import masks_by_path
 from jopt.trees import paths, rules
 from jopt.updates.project import require_floats, require_params, require_transformation
 from jopt.updates.states import find_states, is_masked_node
@@ -48,7 +52,7 @@ def freeze(
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `inner` so that more and more weights stay where they are.
 
-    step = 0 where frozen, the step of `inner` elsewhere
+    step = 0 where frozen, the step of `inner` elsewhere, and where `inner` prunes
 
     Args:
         inner: any Optax transformation; it sees all gradients, and its moments of
@@ -135,6 +139,8 @@ def freeze(
             treedef.flatten_up_to(state.frozen),
         )
         stacks = rules.stacked_axis_of(stacked_axes, params)
+        masks = masks_by_path(inner_state)
+        names = paths.leaf_paths(params)
         for i, value in enumerate(plan(params)):
             if value is None:
                 continue
@@ -143,6 +149,7 @@ def freeze(
             else:
                 frozen[i] = _grow(frozen[i], leaves[i], value, state.count, stacks[i])
                 held = packing.unpack_mask(frozen[i])
+            held &= ~_is_pruned(leaves[i], moves[i], masks.get(names[i], []))
             moves[i] = jnp.where(held, jnp.zeros_like(moves[i]), moves[i])
         count = optax.safe_increment(state.count)
         return treedef.unflatten(moves), FreezeState(
@@ -150,6 +157,14 @@ def freeze(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_pruned(w: jax.Array, move: jax.Array, masks: list[jax.Array]) -> Any:
+    """Tell which weights a mask takes to zero on this step."""
+    if not masks:
+        return jnp.zeros((), bool)
+    dropped = [~packing.unpack_mask(mask) for mask in masks]
+    return functools.reduce(jnp.logical_or, dropped) & (w + move == 0)
 
 
 def _grow(

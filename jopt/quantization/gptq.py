@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jopt.arrays.arguments import check_flags, check_strength, require_count
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.factors import inverse_factor
-from jopt.arrays.scale_fits import Fit, by_range, check_fit
+from jopt.arrays.scale_fits import Fit, by_squared_error, check_fit
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.arrays.sweeps import sweep
@@ -44,7 +44,7 @@ def gptq_matrix(
     static_groups: bool = False,
     block_size: int = 128,
     damping: float = 0.01,
-    fit: Fit = by_range,
+    fit: Fit = by_squared_error,
 ) -> tuple[jax.Array, Scale]:
     """Quantize one matrix by GPTQ.
 

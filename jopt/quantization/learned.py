@@ -7,7 +7,9 @@ With q = s * clip(round(w / s)) and g the gradient at q,
 
 so d loss / d log s = sum of g q - (g inside) w over the group, scaled by
 1 / sqrt(elements * largest level) to keep scales in step with weights (Esser et al.,
-Learned Step Size Quantization, arXiv:1902.08153, equations 3 and 5).
+Learned Step Size Quantization, arXiv:1902.08153, equations 3 and 5). As there, learned
+ranges end at the last level; others half a step beyond it, where numbers still round to
+that level.
 """
 
 from collections.abc import Mapping
@@ -18,7 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from jopt.arrays.quantized import fake_quantize
-from jopt.arrays.scales import Scale, highest_level, sum_groups
+from jopt.arrays.scales import (
+    Scale,
+    effective_scale,
+    highest_level,
+    spread_groups,
+    sum_groups,
+)
 from jopt.arrays.specs import QuantSpec
 from jopt.quantization.state import QuantizeState, scale_tree
 from jopt.updates.project import ProjectState
@@ -26,13 +34,23 @@ from jopt.updates.states import is_masked_node
 
 
 def inside_range(
-    updates: optax.Updates, state: ProjectState, specs: Any, bits: Any, on: jax.Array
+    updates: optax.Updates,
+    state: ProjectState,
+    specs: Any,
+    bits: Any,
+    on: jax.Array,
+    *,
+    is_learning: bool,
 ) -> Any:
     """Cut the gradients of latents that lie beyond the range."""
 
     def cut(spec: Any, w: Any, g: Any, scale: Any) -> Any:
         if is_masked_node(spec):
             return spec
+        if is_learning and spec.format.scale_rule == "range":
+            step = spread_groups(effective_scale(scale), w.shape)
+            is_inside = jnp.abs(w.astype(jnp.float32)) <= highest_level(spec) * step
+            return jnp.where(on & ~is_inside, jnp.zeros_like(g), g)
         _, pull = jax.vjp(lambda x: fake_quantize(x, spec, scale=scale, bits=bits), w)
         (gated,) = pull(g.astype(w.dtype))
         return jnp.where(on, gated.astype(g.dtype), g)

@@ -70,13 +70,26 @@ def site_specs(
     return {name: _pair(sites[name], spec) for name, spec in chosen.items()}
 
 
-def check_activations(activations: Any, *, argument: str = "activations") -> None:
-    """Raise for what does not say how inputs are rounded, whatever the function."""
-    known = (QuantSpec, Mapping, list, tuple, Calibration)
-    if activations is not None and not isinstance(activations, known):
+def check_activations(
+    given: Any, *, argument: str = "activations", is_measured: bool = True
+) -> None:
+    """Raise for what does not say how numbers are rounded, whatever the function.
+
+    Args:
+        given: by the caller.
+        argument: what errors call it.
+        is_measured: whether a calibration may say it.
+
+    Raises:
+        TypeError: it is nothing that may be given.
+    """
+    known = (QuantSpec, Mapping, list, tuple, *([Calibration] if is_measured else []))
+    if given is not None and not isinstance(given, known):
+        found = ", a jopt.Calibration" if is_measured else ""
+        got = "a jopt.Calibration" if isinstance(given, Calibration) else repr(given)
         raise TypeError(
-            f"{argument} must be a jopt.QuantSpec, rules {{pattern: spec}}, a "
-            f"jopt.Calibration or None, got {activations!r}"
+            f"{argument} must be a jopt.QuantSpec, rules {{pattern: spec}}{found} or "
+            f"None, got {got}; for example jopt.QuantSpec(jopt.formats.int8)"
         )
 
 

@@ -45,7 +45,8 @@ def freeze_oscillations(
     f' = m o + (1 - m) f,   x' = m x + (1 - m) x_average,   frozen where f' > threshold
 
     A frozen weight keeps its level: its value follows its scale alone, and its latent
-    stays with it.
+    stays with it. One that is pruned inside becomes zero and is free again, in case it
+    grows back.
 
     Args:
         threshold: oscillations per step, a number or a schedule count -> number that
@@ -117,7 +118,9 @@ def _step(
             f"{grid.spec}; give this leaf one, or leave it out by a rule"
         )
     rounded = grid.levels(w)
-    was_frozen, is_new = old.frozen != _FREE, old.frequency < 0
+    is_new, is_zero = old.frequency < 0, w == 0
+    # A latent that was put at a level other than zero is zero only if a mask made it.
+    was_frozen = (old.frozen != _FREE) & ~(is_zero & (old.frozen != 0))
     rounded = jnp.where(was_frozen, old.frozen.astype(jnp.float32), rounded)
     level = rounded.astype(jnp.int16)
     # A level that is not known yet did not move.
@@ -128,7 +131,7 @@ def _step(
     frequency = momentum * oscillates + (1 - momentum) * jnp.maximum(old.frequency, 0.0)
     average = momentum * rounded + (1 - momentum) * old.average
     average = jnp.where(is_new, rounded, average)
-    freezes = ~was_frozen & (frequency > limit)
+    freezes = ~was_frozen & ~is_zero & (frequency > limit)
     kept = nearest(average)
     landed = jnp.where(freezes, kept, rounded)
     return grid.values(landed, w.dtype), OscillationState(
@@ -136,7 +139,9 @@ def _step(
         level=landed.astype(jnp.int16),
         average=average,
         direction=jnp.where(has_moved, direction, old.direction),
-        frozen=jnp.where(freezes, kept.astype(jnp.int16), old.frozen),
+        frozen=jnp.select(
+            [freezes, was_frozen], [kept.astype(jnp.int16), old.frozen], _FREE
+        ),
     )
 
 

@@ -13,7 +13,7 @@ convolutions and experts, and every format that has no scale of its own per elem
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jopt.arrays.scale_fits import Fit, by_range
+from jopt.arrays.scale_fits import Fit, by_range, by_squared_error
 from jopt.quantization import awq as awq_rule
 from jopt.quantization.gptq import check, input_order, prepare, round_prepared
 from jopt.quantization.layer_report import QuantizationReport
@@ -37,7 +37,7 @@ def gptq(
     static_groups: bool = False,
     block_size: int = 128,
     damping: float = 0.01,
-    fit: Fit = by_range,
+    fit: Fit = by_squared_error,
     errors: bool = True,
     progress: bool = True,
 ) -> tuple[Any, QuantizationReport]:
@@ -84,8 +84,9 @@ def gptq(
             they have by their turn: in groups of 128, that loses less at 3 and 2 bits.
         block_size: inputs whose errors are passed on together.
         damping: part of the mean of the diagonal that is added to it.
-        fit: how scales follow from weights, a function of `jopt.scale_fits`:
-            `least_error()` shrinks ranges to lose less, which pays in few bits.
+        fit: how scales follow from weights, a function of `jopt.scale_fits`: ranges
+            are shrunk where that lowers their squared error, one of twelve shares;
+            `by_range` takes the whole range, `least_error()` searches finer.
         errors: whether the report says what each layer loses of its results.
         progress: whether to show a bar, if there is a terminal.
 

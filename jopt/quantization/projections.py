@@ -100,8 +100,9 @@ def parq(softness: float | optax.Schedule) -> GridProjection:
 
     def land(u: jax.Array, grid: Grid, count: Any) -> jax.Array:
         s = _value(softness, count)
-        below = grid.snap(u, rounding=down).astype(jnp.float32)
-        above = grid.snap(u, rounding=up).astype(jnp.float32)
+        # Levels fall as values rise where a full range has a scale below zero.
+        one, other = (grid.snap(u, rounding=r).astype(jnp.float32) for r in (down, up))
+        below, above = jnp.minimum(one, other), jnp.maximum(one, other)
         middle = below + (above - below) / 2
         steep = middle + (u.astype(jnp.float32) - middle) / jnp.where(s > 0, s, 1.0)
         mixed = jnp.clip(steep, below, above).astype(u.dtype)

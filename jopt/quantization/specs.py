@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -226,7 +227,7 @@ def require_zeros(inner_state: Any, specs: Any) -> None:
         and spec.format.kind == "codebook"
         and 0.0 not in spec.format.values
     }
-    for path in masked_paths(inner_state) if without else ():
+    for path in masks_by_path(inner_state) if without else ():
         if path in without:
             raise ValueError(
                 f"spec_or_rules must give a format with a zero to {path!r}, whose "
@@ -235,14 +236,18 @@ def require_zeros(inner_state: Any, specs: Any) -> None:
             )
 
 
-def masked_paths(inner_state: Any) -> list[str]:
-    """List the leaves that have a mask, found by the name of the field, `masks`.
+def masks_by_path(inner_state: Any) -> dict[str, list[jax.Array]]:
+    """Find the masks of leaves by the name of the field, `masks`.
 
     Args:
         inner_state: of any transformation.
 
     Returns:
-        Their paths.
+        Path to masks, packed or not, of the leaves that have any.
     """
-    found = optax.tree.get_all_with_path(inner_state, "masks")
-    return [path for _, masks in found for path in paths.leaf_paths(masks)]
+    found: dict[str, list[jax.Array]] = {}
+    for _, masks in optax.tree.get_all_with_path(inner_state, "masks"):
+        for path, mask in paths.leaves_with_path(masks):
+            if getattr(mask, "dtype", None) in (jnp.bool_, jnp.uint8):
+                found.setdefault(path, []).append(mask)
+    return found

@@ -233,8 +233,11 @@ def quantize_weights(
         bits = bits_at(bits_schedule, jnp.maximum(state.count - 1, 0))
         if scales != "current":
             on = state.count > begin_step  # the entering params are on the grid
-            inside = inside_range(updates, state, specs, bits, on)
-            if scales == "learned":
+            is_learning = scales == "learned"
+            inside = inside_range(
+                updates, state, specs, bits, on, is_learning=is_learning
+            )
+            if is_learning:
                 learned = learn(updates, inside, state, specs, on, train, extra_args)
                 state = state._replace(projection_state=learned)
             updates = merge_masked(inside, updates, both=lambda gated, _: gated)

@@ -17,7 +17,6 @@ How leaves become arrays for Orbax and back is in `storage`.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 import shutil
@@ -31,6 +30,7 @@ import orbax.checkpoint as ocp
 from jopt.arrays.arguments import require_count
 from jopt.trees import manifest, single_file, storage, structure
 from jopt.trees.manifest import CheckpointError
+from jopt.trees.metadata import metadata_of
 
 _NAME = re.compile(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _LEFT_OVER = re.compile(_NAME.pattern + r"\.(orbax-checkpoint-tmp.*|deleted)")
@@ -61,7 +61,7 @@ def save(
         max_to_keep: how many steps stay; the oldest others are deleted, never the one
             just saved. None keeps all.
         metadata: JSON content of the caller's own, see `read_metadata`; its numbers may
-            be NaN or infinite.
+            be NaN or infinite, its tuples come back as lists.
         overwrite: replace an intact step of the same number, or the file.
 
     Raises:
@@ -82,7 +82,12 @@ def save(
     ...     restore(f"{path}/model.safetensors")
     {'w': Array([0, 1, 2], dtype=int32)}
     """
-    own = _checked_metadata(metadata)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"save must run in one process, got {jax.process_count()}; "
+            "gather the tree in one and save it there"
+        )
+    own = metadata_of(metadata)
     if single_file.is_single_file(path):
         _refuse_steps(path, step=step, max_to_keep=max_to_keep)
         return single_file.save(path, tree, metadata=own, overwrite=overwrite)
@@ -379,18 +384,3 @@ def _refuse_steps(path: str | pathlib.Path, **numbers: int | None) -> None:
             f"{given[0]} must be left out for one file, which has no steps, got "
             f"{numbers[given[0]]!r} for {str(path)!r}; give a directory as path"
         )
-
-
-def _checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """Check what any way of saving needs, and return metadata as JSON has it."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"save must run in one process, got {jax.process_count()}; "
-            "gather the tree in one and save it there"
-        )
-    try:
-        return dict(json.loads(json.dumps(metadata or {})))
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"metadata must be a dict of JSON, got {metadata!r}; {error}"
-        ) from error

@@ -50,7 +50,7 @@ def is_single_file(path: str | pathlib.Path) -> bool:
     (True, False)
     """
     check_path(path)
-    return pathlib.Path(path).suffix == SUFFIX
+    return pathlib.Path(path).suffix.lower() == SUFFIX
 
 
 def save(

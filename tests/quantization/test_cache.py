@@ -92,6 +92,19 @@ def test_codes_are_those_of_quantize_and_errors_within_the_bound(name):
         assert share > (0.6 if "fp" in name else 0.9)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_full_ranges_keep_their_bound_at_the_end_that_is_clipped(bits):
+    """A number as large as the largest, of the other sign; at 8 bits scales matter."""
+    form = getattr(jopt.formats, f"int{bits}")
+    spec = jopt.QuantSpec(form, narrow_range=False)
+    x = np.random.default_rng(0).normal(size=(1, 1000, 1, 16)).astype(np.float32)
+    x[..., 0] = -np.abs(x).max(-1)
+    x[..., 1] = -x[..., 0] * 0.9999
+    cache = jopt.init_cache(x.shape, spec).append(x, x)
+    share = np.abs(cache.read().keys - x) / cache.error_bounds()[0]
+    assert 0.97 < float(share.max()) <= 1.0
+
+
 def _first(n):
     mask = np.arange(CAPACITY) < n
     return np.broadcast_to(mask, (BATCH, 1, 1, CAPACITY))

@@ -26,14 +26,14 @@ def land(spec, latent, **options):
 def levels_of(spec, scale):
     """All points of a grid, in float64."""
     table = {
-        "int3": np.arange(-3.0, 4.0),
+        "int3": np.arange(-3.0 - (not spec.is_narrow), 4.0),
         "ternary": np.arange(-1.0, 2.0),
         "fp4_e2m1": np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]),
         "nf4": np.array(F.nf4.values),
     }[spec.format.name]
     if spec.format is F.fp4_e2m1:
         table = np.unique(np.concatenate([-table, table]))
-    return table * float(np.asarray(scale, np.float32))
+    return np.sort(table * float(np.asarray(scale, np.float32)))
 
 
 def parq_in_numpy(u, q, s):
@@ -52,6 +52,7 @@ ONE_SCALE = [
     TERNARY,
     jopt.QuantSpec(F.fp4_e2m1, axis=()),
     jopt.QuantSpec(F.nf4, axis=()),
+    jopt.QuantSpec(F.int3, axis=(), scale_dtype=jnp.float32, narrow_range=False),
 ]
 
 
@@ -59,6 +60,8 @@ ONE_SCALE = [
 @pytest.mark.parametrize("spec", ONE_SCALE, ids=repr)
 def test_parq_is_the_map_of_the_paper(spec, softness):
     u = RNG.normal(size=(32, 8)).astype(np.float32)
+    # Of a full range the scale is below zero where the largest magnitude is above.
+    u[0, 0] = 4.0 if softness > 0.5 else -4.0
     got, state = land(spec, u, projection=jopt.projections.parq(softness))
     scale = jopt.get_scales(state)["w"].scale.astype(jnp.float32).item()
     want = parq_in_numpy(u.astype(np.float64), levels_of(spec, scale), softness)
@@ -262,6 +265,46 @@ def test_frequencies_and_freezing_follow_the_algorithm():
         np.testing.assert_allclose(np.maximum(frequency, 0), f, atol=1e-6)
         np.testing.assert_array_equal(is_frozen, frozen)
     assert 3 < history[-1][2].sum() < size
+
+
+def ramp(inner):
+    schedule = jopt.schedules.cubic_sparsity(0.0, 0.7, begin_step=2, end_step=8)
+    return jopt.prune(inner, sparsity=schedule, every_steps=2)
+
+
+def moving(inner):
+    return jopt.rigl(inner, sparsity=0.5, drop_fraction=0.3, every_steps=3)
+
+
+INT4 = jopt.QuantSpec(F.int4)
+OFTEN = jopt.projections.freeze_oscillations(0.02, momentum=0.2)
+FROZEN = {
+    "oscillating": lambda inner: jopt.quantize_weights(inner, INT4, projection=OFTEN),
+    "largest": lambda inner: jopt.quantize_weights(
+        jopt.freeze(inner, fraction=0.5), INT4, scales="static"
+    ),
+    "whole leaves": lambda inner: jopt.quantize_weights(
+        jopt.freeze(inner, from_step=4), INT4
+    ),
+    "floats": lambda inner: jopt.freeze(inner, fraction=0.5),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("sparse", [ramp, moving])
+def test_what_is_pruned_is_zero_frozen_or_not(name, sparse):
+    """Masks that grow, and masks that move, after weights froze at other levels."""
+    tx = FROZEN[name](sparse(optax.adamw(0.05)))
+    params = {"w": jnp.asarray(RNG.normal(size=(32, 16)), jnp.float32)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(12):
+        grads = np.random.default_rng(step).normal(size=(32, 16))
+        updates, state = update({"w": jnp.asarray(grads, jnp.float32)}, state, params)
+        before, params = params, optax.apply_updates(params, updates)
+        mask = jopt.get_masks(state)["w"]
+        assert not np.any(np.asarray(params["w"])[~mask]), step
+    held = np.asarray(mask & (params["w"] == before["w"]) & (params["w"] != 0))
+    assert held.mean() > 0.05  # the others still are frozen
 
 
 def test_freezing_needs_levels_that_can_be_averaged():

@@ -52,6 +52,27 @@ def test_dorefa_weights_and_gradients(bits):
     assert isinstance(state.latent["bias"], optax.MaskedNode)
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+def test_dorefa_of_stacked_layers_is_that_of_each(bits):
+    sizes = jnp.array([1.0, 5.0, 0.2])[:, None, None]
+    stacked, g = {"w": sizes * normal(3, 4, 5)}, normal(3, 4, 5)
+    alone = [{"w": w} for w in stacked["w"]]
+    tx = jopt.dorefa(optax.sgd(0.1), bits, stacked_axes=0)
+    one = jopt.dorefa(optax.sgd(0.1), bits)
+    state, states = tx.init(stacked), [one.init(w) for w in alone]
+    for _ in range(3):
+        updates, state = tx.update({"w": g}, state, stacked)
+        stacked = optax.apply_updates(stacked, updates)
+        for i in range(3):
+            updates, states[i] = one.update({"w": g[i]}, states[i], alone[i])
+            alone[i] = optax.apply_updates(alone[i], updates)
+            np.testing.assert_array_equal(stacked["w"][i], alone[i]["w"])
+    form = F.binary if bits == 1 else F.int4
+    spec = jopt.QuantSpec(form, axis=0, scale_dtype=jnp.float32)
+    back = jopt.dequantize(jopt.quantize(stacked, spec))
+    np.testing.assert_allclose(back["w"], stacked["w"], rtol=3e-7)
+
+
 @pytest.mark.parametrize(
     ("bits", "format"), [(1, F.binary), (2, F.int3), (4, F.int5), (7, F.int8)]
 )

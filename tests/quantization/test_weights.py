@@ -7,8 +7,6 @@ import optax
 import pytest
 
 import jopt
-from jopt.arrays.scales import Scale
-from jopt.quantization.learned import _scale_gradient
 from tests import contract
 
 GRIDS = {
@@ -106,24 +104,31 @@ def test_moving_scales_are_the_average_of_ranges():
     )
 
 
-def test_scale_gradient_is_the_one_of_lsq():
-    """Equation 3 of the paper, in NumPy, with its scaling of section 2.2."""
+def test_learned_scales_follow_equation_3():
+    """In NumPy, with its scaling of section 2.2; by calls of users, clipped weights."""
     rng = np.random.default_rng(0)
-    w = rng.normal(size=(64, 3)).astype(np.float32)
-    g = rng.normal(size=(64, 3)).astype(np.float32)
-    s = np.full((1, 3), 0.25, np.float32)
-    spec = jopt.QuantSpec(jopt.formats.int4, scale_dtype=jnp.float32)
-    ratio, level = w / s, np.clip(np.round(w / s), -7, 7)
-    inside = np.abs(ratio) <= 7.5
-    ds = (g * np.where(inside, level - ratio, level)).sum(0, keepdims=True)
-    expected = ds * s / np.sqrt(64 * 7)
-    _, pull = jax.vjp(
-        lambda x: jopt.fake_quantize(x, spec, scale=Scale(jnp.asarray(s))), w
-    )
-    actual = _scale_gradient(
-        jnp.asarray(w), jnp.asarray(g), pull(jnp.asarray(g))[0], jnp.asarray(s), spec
-    )  # fmt: skip
-    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    w, g = (rng.normal(size=(64, 3)).astype(np.float32) for _ in range(2))
+    spec = jopt.QuantSpec(jopt.formats.int3, scale_dtype=jnp.float32)
+    sgd = optax.sgd(1.0)
+    tx = jopt.quantize_weights(sgd, spec, scales="learned", scale_optimizer=sgd)
+    params = {"w": jnp.asarray(w)}
+    state = tx.init(params)
+    log_scale = state.projection_state.log_scale["w"] - 0.7
+    memory = state.projection_state._replace(log_scale={"w": log_scale})
+    state = state._replace(projection_state=memory)
+    updates, state = tx.update({"w": jnp.zeros_like(w)}, state, params)
+    params = optax.apply_updates(params, updates)
+    _, new = tx.update({"w": jnp.asarray(g)}, state, params)
+
+    s = np.exp(np.asarray(log_scale, np.float64))
+    ratio = w / s
+    is_inside = np.abs(ratio) <= 3
+    assert np.any(~is_inside & (np.abs(ratio) < 3.5))  # round to the end all the same
+    ds = np.where(is_inside, np.rint(ratio) - ratio, np.sign(ratio) * 3)
+    step = (g * ds).sum(0, keepdims=True) * s / np.sqrt(64 * 3)
+    moved = new.projection_state.log_scale["w"] - log_scale
+    np.testing.assert_allclose(moved, -step, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(new.latent["w"], w - g * is_inside, atol=1e-6)
 
 
 def test_learned_scales_reduce_the_error_that_they_are_trained_on():

@@ -99,6 +99,21 @@ CALLS = [
         TypeError,
         r"activations must be a jopt\.QuantSpec, rules .*got 'int8'",
     ),
+    (
+        lambda: jopt.fake_quantize(apply, jopt.formats.int8),
+        TypeError,
+        r"spec must be .*got int8; for example jopt\.QuantSpec",
+    ),
+    (
+        lambda: jopt.fake_quantize(apply, INT4, activations=jopt.formats.int8),
+        TypeError,
+        r"activations must be .*got int8; for example jopt\.QuantSpec",
+    ),
+    (
+        lambda: jopt.fake_quantize(apply, INT4, gradients=jopt.formats.int8),
+        TypeError,
+        r"gradients must be a jopt\.QuantSpec, rules {pattern: spec} or None, got int8",
+    ),
     (lambda: jopt.gptq(3, PARAMS, [X], INT4), TypeError, "apply must be a function"),
     (lambda: jopt.quantize(PARAMS, INT4, fit=3), TypeError, "fit must be a function"),
     (

@@ -296,8 +296,12 @@ def test_options_that_a_file_has_not(file, tmp_path):
     assert jopt.restore(file) == {"a": 1}
     jopt.save(file, {"a": 2}, overwrite=True)
     assert jopt.restore(file) == {"a": 2} and jopt.read_metadata(file) == {}
-    with pytest.raises(TypeError, match="metadata must be a dict of JSON"):
-        jopt.save(file, {}, overwrite=True, metadata={"a": jnp.ones(1)})
+    for wrong in ({"a": jnp.ones(1)}, {"a": [{1: 2}]}, [1]):
+        with pytest.raises(TypeError, match="metadata must be a dict of JSON"):
+            jopt.save(file, {}, overwrite=True, metadata=wrong)
+    jopt.save(tmp_path / "Upper.SafeTensors", {"a": 1})
+    assert jopt.restore(tmp_path / "Upper.SafeTensors") == {"a": 1}
+    (tmp_path / "Upper.SafeTensors").unlink()  # a file, not a directory
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(ValueError, match="choose another name"):
         jopt.save(tmp_path / "d.safetensors", {}, overwrite=True)
