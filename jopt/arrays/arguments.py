@@ -29,7 +29,9 @@ def check_function(name: str, value: Any, form: str, example: str) -> None:
         example: the way out.
     """
     if not callable(value):
-        raise TypeError(f"{name} must be a function {form}, got {value!r}; {example}")
+        got = repr(value)
+        got = got if len(got) <= 80 else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be a function {form}, got {got}; {example}")
 
 
 def require_count(name: str, value: Any, *, least: int = 0) -> None:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jopt.arrays.units import unit_of
+
 _TILE = 512
 _EXACT = lax.Precision.HIGHEST
 
@@ -49,7 +51,9 @@ def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
     num_tiles = -(-size // _TILE)
     tile = -(-size // num_tiles)
     diagonal = jnp.diagonal(gram).astype(jnp.float32)
-    diagonal = jnp.where(diagonal == 0, 1.0, diagonal + damping * jnp.mean(diagonal))
+    unit = unit_of(diagonal)  # in which the sum is a number, and no digit changes
+    mean = jnp.mean(diagonal / unit) * unit
+    diagonal = jnp.where(diagonal == 0, 1.0, diagonal + damping * mean)
     at = jnp.arange(size)
     h = gram.astype(jnp.float32).at[at, at].set(diagonal)
     past = num_tiles * tile - size

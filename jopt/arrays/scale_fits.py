@@ -52,6 +52,35 @@ def check_fit(fit: Any) -> None:
     check_function(
         "fit", fit, "(w, spec) -> scale", "for example jopt.scale_fits.least_error()"
     )
+    for maker in (least_error, half_quadratic):
+        if fit is maker:
+            raise TypeError(
+                f"fit must be what {maker.__name__}(...) returns, got {maker.__name__} "
+                f"itself; call it: fit=jopt.scale_fits.{maker.__name__}()"
+            )
+
+
+def fitted(fit: Fit, w: jax.Array, spec: QuantSpec) -> Scale:
+    """Return the scales of a fit, or raise where it returns something else.
+
+    Args:
+        fit: of the caller.
+        w: float array of any shape.
+        spec: the format, and which elements make a group.
+
+    Returns:
+        The scales.
+
+    Raises:
+        TypeError: the fit returned no scale.
+    """
+    found: Any = fit(w, spec)
+    if not isinstance(found, Scale):
+        raise TypeError(
+            "fit must return a scale, as jopt.scale_fits.by_range does, got "
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def by_range(w: jax.Array, spec: QuantSpec) -> Scale:
@@ -172,9 +201,10 @@ def half_quadratic(
 
     The original keeps the scale and moves a zero point that is a float. Here zero
     points are codes, so that products of codes stay integers, and the scale moves too:
-    in 2 and 3 bits the error, squared too, then falls below that of the original, in 4
-    bits it is about as large, and symmetric formats gain as well. Units of the scale
-    make beta mean the same for every leaf.
+    in 2 and 3 bits the error, squared too, then falls below that of the original, and
+    symmetric formats gain as well; in 4 bits it is up to 8 % above the original's, and
+    in 8 bits it is that of rounding to nearest. Units of the scale make beta mean the
+    same for every leaf.
 
     Args:
         norm: in (0, 1]: the smaller, the less outliers count.

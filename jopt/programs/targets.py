@@ -4,6 +4,7 @@ A target is one leaf, or a part of it, that all of its products read as the same
 matrices. What is left alone is never skipped in silence: it is listed with the reason.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Target(NamedTuple):
     """Matrices of one leaf, and where they multiply.
 
     Attributes:
-        name: of the first site.
+        name: of the first site, and of the leaf where others are part of it too.
         path: of the leaf.
         leaf: its position in `jax.tree.leaves(params)`.
         layout: of its matrices.
@@ -104,7 +105,18 @@ def find_targets(
             left[path] = found
         else:
             targets += found
-    return targets, left
+    return _named_apart(targets), left
+
+
+def _named_apart(targets: list[Target]) -> list[Target]:
+    """Add the paths of leaves to the name of a site that several are part of."""
+    counts = Counter(target.name for target in targets)
+    return [
+        target._replace(name=f"{target.name} ({target.path})")
+        if counts[target.name] > 1
+        else target
+        for target in targets
+    ]
 
 
 def _of_leaf(

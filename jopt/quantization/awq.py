@@ -7,8 +7,9 @@ rounded, its inputs are scaled by
 
 so that those with large activations are rounded more finely, relative to their size.
 Alpha is the one of a grid over [0, 1) with the smallest loss ||X W - X Q||^2, which is
-known exactly from the Gram matrix, tr(D^T G D) with D = W - Q. Then the range of each
-group may shrink, by up to a half, if that lowers the loss further.
+known exactly from the Gram matrix, tr(D^T G D) with D = W - Q. Ranges of groups may
+shrink: to the least squared error of s W for each alpha, and for the best one again, by
+up to a half, where that lowers the loss.
 
 Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration, arXiv:2306.00978.
@@ -22,6 +23,7 @@ from jax import lax
 
 from jopt.arrays.arguments import check_flags, require_count
 from jopt.arrays.codes import compute_levels, scale_levels
+from jopt.arrays.scale_fits import Fit, by_range, by_squared_error
 from jopt.arrays.scales import Scale, compute_range, compute_scale
 from jopt.arrays.specs import QuantSpec
 from jopt.arrays.units import unit_of
@@ -48,8 +50,8 @@ def awq_matrix(
         magnitudes: [inputs]: mean |x|, at any scale.
         spec: the format and the groups, which run along the inputs.
         num_alphas: how many of 0, 1/n, 2/n, ... are tried.
-        clip: whether ranges may shrink. Formats with an outer scale for the whole
-            matrix (nvfp4) keep theirs.
+        clip: whether ranges may shrink, to lose less. Formats with an outer scale for
+            the whole matrix (nvfp4) keep theirs.
 
     Returns:
         `values`, the scaled weights on the grid, float32; their scales
@@ -116,21 +118,51 @@ def scale_and_round(
         As `awq_matrix`.
     """
     del squares
-    gram, magnitudes = prepared[:-1], prepared[-1]
+    gram, magnitudes = _with_average(prepared[:-1], prepared[-1])
     count, unit = options["num_alphas"], unit_of(weights)
+    may_shrink = options["clip"] and scale.outer_scale is None
+    fit = by_squared_error if may_shrink else by_range
 
     def loss(alpha: jax.Array) -> jax.Array:
         by_input = input_scale(magnitudes, alpha)
-        values, _ = _rounded(weights, by_input, spec)
+        values, _ = _rounded(weights, by_input, spec, fit)
         return jnp.sum(_losses(weights, values, by_input, gram, unit))
 
     alphas = jnp.arange(count, dtype=jnp.float32) / count
     best = alphas[jnp.argmin(lax.map(loss, alphas))]
     by_input = input_scale(magnitudes, best)
-    values, own = _rounded(weights, by_input, spec)
-    if options["clip"] and scale.outer_scale is None:
-        values, own = _clipped(weights, by_input, gram, unit, values, own, spec)
-    return Solved(values, own, by_input)
+    values, own = _rounded(weights, by_input, spec, fit)
+    if not may_shrink:
+        return Solved(values, own, by_input)
+    values, own = _clipped(weights, by_input, gram, unit, values, own, spec)
+    # Fitted ranges know nothing of the inputs: plain rounding may happen to lose less.
+    ones = jnp.ones_like(by_input)
+    simple = _rounded(weights, ones, spec, by_range)
+    lost = [
+        jnp.sum(_losses(weights, v, s, gram, unit))
+        for v, s in ((values, by_input), (simple[0], ones))
+    ]
+    found = (values, own, by_input), (*simple, ones)
+    chosen = jax.tree.map(lambda a, b: jnp.where(lost[0] <= lost[1], a, b), *found)
+    return Solved(*chosen)
+
+
+def _with_average(
+    gram: jax.Array, magnitudes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Let inputs that never came count as the average of the others.
+
+    They cost nothing on this data, so that their weights could be rounded away: those
+    of an expert that was not called are needed all the same.
+    """
+    squares, has_come = jnp.diagonal(gram), magnitudes > 0
+
+    def filled(x: jax.Array) -> jax.Array:
+        share = x / jnp.maximum(jnp.sum(has_come), 1)  # first, or the sum may overflow
+        return jnp.where(has_come, x, jnp.sum(jnp.where(has_come, share, 0.0)))
+
+    at = jnp.arange(len(squares))
+    return gram.at[at, at].set(filled(squares)), filled(magnitudes)
 
 
 def input_scale(magnitudes: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -151,10 +183,10 @@ def input_scale(magnitudes: jax.Array, alpha: jax.Array) -> jax.Array:
 
 
 def _rounded(
-    weights: jax.Array, by_input: jax.Array, spec: QuantSpec
+    weights: jax.Array, by_input: jax.Array, spec: QuantSpec, fit: Fit
 ) -> tuple[jax.Array, Scale]:
     scaled = weights * by_input[:, None]
-    own = compute_scale(*compute_range(scaled, spec), spec)
+    own = fit(scaled, spec)
     return scale_levels(compute_levels(scaled, own, spec), own, jnp.float32), own
 
 
@@ -187,29 +219,27 @@ def _clipped(
 ) -> tuple[jax.Array, Scale]:
     """Shrink ranges group by group; outputs that lose by it in all keep theirs."""
     scaled = weights * by_input[:, None]
-    low, high = compute_range(scaled, spec)
+    low, high = compute_range(scaled, spec)  # that `own` may fall short of
     width = spec.group_size or weights.shape[0]
     count = weights.shape[0] // width
     every = jnp.arange(count)
     blocks = gram.reshape(count, width, count, width)[every, :, every, :]
 
-    def at(share: jax.Array) -> tuple[jax.Array, Scale]:
-        less = compute_scale(low * share, high * share, spec)
-        levels = compute_levels(scaled, less, spec)
-        return scale_levels(levels, less, jnp.float32), less
+    def at(scale: Scale) -> jax.Array:
+        return scale_levels(compute_levels(scaled, scale, spec), scale, jnp.float32)
 
     def step(best: Any, share: jax.Array) -> tuple[Any, None]:
-        loss = _losses(weights, at(share)[0], by_input, blocks, unit)
+        less = compute_scale(low * share, high * share, spec)
+        loss = _losses(weights, at(less), by_input, blocks, unit)
         is_better = loss < best[0]
-        return (
-            jnp.where(is_better, loss, best[0]),
-            jnp.where(is_better, share, best[1]),
+        return jax.tree.map(
+            lambda a, b: jnp.where(is_better, a, b), (loss, less), best
         ), None
 
-    first = _losses(weights, values, by_input, blocks, unit), jnp.ones_like(low)
-    shares = 1.0 - jnp.arange(1, _NUM_SHARES, dtype=jnp.float32) / 20
-    (_, share), _ = lax.scan(step, first, shares)
-    new = at(share)
+    first = _losses(weights, values, by_input, blocks, unit), own
+    shares = 1.0 - jnp.arange(_NUM_SHARES, dtype=jnp.float32) / 20
+    (_, less), _ = lax.scan(step, first, shares)
+    new = at(less), less
     losses = [_losses(weights, v, by_input, gram, unit) for v in (new[0], values)]
     is_better = losses[0] < losses[1]
 

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jopt.arrays.codes import check_array
 from jopt.arrays.quantized import quantize_array
 from jopt.arrays.ranges import Range, scale_of
-from jopt.arrays.scale_fits import Fit, check_fit
+from jopt.arrays.scale_fits import Fit, check_fit, fitted
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.sites import SiteTable
 from jopt.quantization.specs import SpecOrRules, known_specs, resolve_specs
 from jopt.trees import paths, rules
 from jopt.trees.calibration import Calibration
 from jopt.updates.states import is_masked_node
+
+_fitted = jax.jit(fitted, static_argnums=(0, 2))
 
 
 def quantize(
@@ -97,7 +99,6 @@ def convert(
         )
     if fit is not None:
         check_fit(fit)
-    fitted = None if fit is None else jax.jit(fit, static_argnums=1)
     if hasattr(tree, "dtype") and hasattr(tree, "shape"):
         if not isinstance(spec_or_rules, QuantSpec):
             raise TypeError(
@@ -105,10 +106,10 @@ def convert(
                 f"got {spec_or_rules!r}"
             )
         spec = spec_or_rules
-        if fitted is not None:
+        if fit is not None:
             w = check_array(tree, spec, "w")
             spec = spec if decide is None else decide(w, spec)
-            scales = fitted(w, spec)
+            scales = _fitted(fit, w, spec)
         return quantize_array(tree, spec, scale=scales)
     ranges: dict[str, Range] = {}
     if isinstance(spec_or_rules, Calibration):
@@ -130,10 +131,10 @@ def convert(
             continue
         if path in ranges:
             scale = scale_of(ranges[path], spec, leaf.ndim)
-        elif fitted is not None:
+        elif fit is not None:
             w = check_array(leaf, spec, path)
             spec = spec if decide is None else decide(w, spec)
-            scale = fitted(w, spec)
+            scale = _fitted(fit, w, spec)
         scale = None if is_masked_node(scale) else scale
         arrays.append(quantize_array(leaf, spec, scale=scale, path=path))
     return treedef.unflatten(arrays)

@@ -10,9 +10,10 @@ follow take up as well as they can:
 so Q ends near the minimum of ||X W - X Q||^2 over the grid: see `jopt.arrays.sweeps`.
 The scales of a group are those of its weights as they are when its first input is
 reached, or, static, as they are before anything is rounded: what a group takes up from
-those before widens its range, which costs more than it gains where bits are few. In
-activation order inputs with the largest diagonal of H come first, and scales are
-static, so that groups stay what they are in memory.
+those before widens its range, which costs more than it gains where bits are few and
+scales reach the largest weights (`jopt.scale_fits.by_range`). In activation order
+inputs with the largest diagonal of H come first, and scales are static, so that groups
+stay what they are in memory.
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers, arXiv:2210.17323.

@@ -9,9 +9,9 @@ import jax
 from jopt.arrays.arguments import check_flags, check_share
 from jopt.arrays.quantized import QuantizedArray, from_codes
 from jopt.arrays.quantized_plus_low_rank import QuantizedPlusLowRank
-from jopt.arrays.scale_fits import Fit, check_fit
+from jopt.arrays.scale_fits import Fit, check_fit, fitted
 from jopt.arrays.scales import Scale
-from jopt.arrays.specs import QuantSpec, group_axis, scale_shape
+from jopt.arrays.specs import QuantSpec, check_spec, group_axis, scale_shape
 from jopt.programs import passes
 from jopt.programs.batches import begin, require_targets
 from jopt.programs.drift import require_pairs
@@ -211,7 +211,7 @@ _joined_inputs = jax.jit(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _scale_of(leaf: jax.Array, spec: QuantSpec, fit: Fit) -> Scale:
-    return fit(leaf, spec)
+    return fitted(fit, leaf, spec)
 
 
 def quantize_layers(
@@ -274,7 +274,9 @@ def _targets(
     table: SiteTable, params: Any, spec_or_rules: SpecOrRules, select: rules.Select
 ) -> tuple[list[Target], dict[str, str]]:
     """Find what to quantize, with the spec of each leaf."""
-    specs = resolve_specs(spec_or_rules, params, select=select, sites=table)
+    specs = resolve_specs(
+        spec_or_rules, params, select=select, sites=table, is_checked=False
+    )
     goals: list[Any] = jax.tree.leaves(specs, is_leaf=is_masked_node)
     if not isinstance(spec_or_rules, QuantSpec):
         ruled = rules.resolve(spec_or_rules, params)
@@ -290,6 +292,7 @@ def _targets(
             left[target.path] = "not selected, being no matrix"
     targets = [target for target in targets if target.path not in left]
     for target in targets:
+        check_spec(target.layout.shape, target.goal, path=target.path)
         _check_grid(target)
     leaves = jax.tree.leaves(params)
     goals_of = {t.leaf: t.goal for t in targets}  # parts of a leaf have one

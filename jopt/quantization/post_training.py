@@ -81,7 +81,8 @@ def gptq(
             much larger than others.
         static_groups: whether groups have the scales that their weights have before
             anything is rounded, also in the order of the inputs, instead of those that
-            they have by their turn: in groups of 128, that loses less at 3 and 2 bits.
+            they have by their turn. It loses less in groups of 128 at 3 and 2 bits
+            where `fit=jopt.scale_fits.by_range`, and a little more by default.
         block_size: inputs whose errors are passed on together.
         damping: part of the mean of the diagonal that is added to it.
         fit: how scales follow from weights, a function of `jopt.scale_fits`: ranges

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.arrays.arguments import check_key
 from jopt.arrays.axes import lay_like
 from jopt.arrays.hadamard import block_size, hadamard_transform
 from jopt.programs import flags, interpret, passes, sites
@@ -132,6 +133,7 @@ def rotate(
      ────────────────────────────────────────
       w          [4]     [4]          online
     """
+    check_key(key, is_optional=False)
     _, analysis = begin("rotate", apply, params, [inputs])
     plan = _met(apply, params, inputs, make_plan(analysis, params, select))
     turned = [plan.targets[i] for group in plan.groups for i in group.targets]

@@ -29,6 +29,7 @@ def resolve_specs(
     stacked_axes: rules.StackedAxes = None,
     sites: SiteTable | None = None,
     required: bool = True,
+    is_checked: bool = True,
 ) -> Any:
     """Return a tree of specs, `optax.MaskedNode()` where a leaf is left alone.
 
@@ -39,7 +40,8 @@ def resolve_specs(
 
     Raises:
         ValueError: a rule matches nothing, or nothing that is selected by default; a
-            spec does not fit its leaf; one spec for all finds no leaf in `sites`,
+            spec does not fit its leaf, unless that is checked later, when it is known
+            which leaves are left alone; one spec for all finds no leaf in `sites`,
             where that is required.
     """
     leaves, treedef = paths.flatten_with_path(tree)
@@ -69,7 +71,12 @@ def resolve_specs(
         }
         if isinstance(spec_or_rules, QuantSpec):
             if sites is not None and required and leaves and not held:
-                raise nothing_found("spec", "leaf to round", sites)
+                kinds = {
+                    path: f"{leaf.dtype}, no float"
+                    for path, leaf in leaves
+                    if path in roles and not jnp.issubdtype(leaf.dtype, jnp.floating)
+                }
+                raise nothing_found("spec", "leaf to round", sites, kinds)
         else:
             _require_effect(spec_or_rules, leaves, held, sites)
     stacks = rules.stacked_axis_of(stacked_axes, tree)
@@ -89,28 +96,35 @@ def resolve_specs(
             spec = leaf_spec(spec, leaf.ndim, roles[path])
         if stack is not None:
             spec = keep_axis(spec, leaf.ndim, stack)
-        check_spec(leaf.shape, spec, path=path)
+        if is_checked:
+            check_spec(leaf.shape, spec, path=path)
         found.append(spec)
     return treedef.unflatten(found)
 
 
-def nothing_found(argument: str, what: str, sites: SiteTable) -> ValueError:
+def nothing_found(
+    argument: str, what: str, sites: SiteTable, kinds: Mapping[str, str] | None = None
+) -> ValueError:
     """Return the error that a function has nothing that an argument speaks of.
 
     Args:
         argument: its name.
         what: what it should find.
         sites: of the function.
+        kinds: path to why a leaf that multiplies is nothing to find.
 
     Returns:
         The error, with the reasons that the table has.
     """
-    reasons = [f"{path!r}: {why}" for path, why in sites.uncovered.items()]
+    whys = {**sites.uncovered, **(kinds or {})}
+    reasons = [f"{path!r}: {why}" for path, why in whys.items()]
     reasons = reasons or ["leaves are looked up only"]
     shown = [text if len(text) <= 90 else f"{text[:87]}..." for text in reasons[:3]]
     if len(reasons) > 3:
         shown.append(f"and {len(reasons) - 3} more")
-    way_out = f"pass None as {argument}, or print(jopt.sites(apply, params, *inputs))"
+    way_out = "print(jopt.sites(apply, params, *inputs)) shows what multiplies"
+    if argument != "spec":  # which some callers cannot do without
+        way_out = f"pass None as {argument}; {way_out}"
     if sites.activations:
         way_out = f"'activation:.*' as a rule names products of two inputs; {way_out}"
     return ValueError(

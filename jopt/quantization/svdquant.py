@@ -126,10 +126,14 @@ def svdquant(
         raise ValueError(
             f"residual_method must be 'rtn' or 'gptq', got {residual_method!r}"
         )
-    if not jnp.issubdtype(factor_dtype, jnp.floating):
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating)
+    except TypeError:  # no dtype at all
+        is_float = False
+    if not is_float:
         raise ValueError(
-            f"factor_dtype must be a float dtype, got {jnp.dtype(factor_dtype)}; "
-            "bfloat16 is usual"
+            f"factor_dtype must be a float dtype, got {factor_dtype!r}; bfloat16 is "
+            "usual"
         )
     check_flags(refit=refit)
     options: dict[str, Any] = {

@@ -314,7 +314,9 @@ def _broadcast_bools(select: Any, tree: Any) -> list[bool]:
         jax.tree.map(repeat, select, tree)
     except ValueError as error:
         raise ValueError(
-            f"select must be a tree of bools shaped as params or as a prefix: {error}"
+            "select must be a tree of bools shaped as params or as a prefix, got "
+            f"{jax.tree.structure(select)} for {jax.tree.structure(tree)}; "
+            "jopt.matching(...) chooses by path"
         ) from error
     return chosen
 

@@ -124,7 +124,7 @@ def test_gptq_fits_the_scales_of_weights_as_they_are_by_then():
     for spec in (jopt.QuantSpec(F.int3, group_size=8), jopt.QuantSpec(F.int3)):
         packed, _ = jopt.gptq(apply, params, [x], spec, fit=fit, progress=False)
         w = np.asarray(params["w"])
-        expected, _ = gptq_by_hand(w, x.T @ x, all_codes(spec), share=0.8)
+        expected, _ = gptq_by_hand(w, x.T @ x, all_codes(spec), shares=[0.8])
         np.testing.assert_allclose(packed["w"].to_array(), expected, atol=1e-5)
         simple, _ = jopt.rtn(apply, params, [x], spec, fit=fit, progress=False)
         own = jopt.quantize(params["w"], all_codes(spec), fit=fit)

@@ -5,6 +5,9 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+SHARES = np.linspace(1.0, 0.45, 12, dtype=np.float32)  # that `gptq` tries
+RANGE = [np.float32(1.0)]
+
 
 def all_codes(spec):
     """Return the spec that methods which choose codes once make of one."""
@@ -32,6 +35,21 @@ def scale_by_hand(rows, spec, share=1.0):
     scale = _up(scale) if bfloat16 else scale
     lowest = -(2 ** (bits - 1)) if spec.format.signed else 0
     return scale, np.clip(np.rint(lowest - low / scale), lowest, lowest + top)
+
+
+def fitted_by_hand(rows, spec, shares):
+    """Return the scales of the share of the range with the least squared error."""
+    wide, least = rows.astype(np.float64), np.inf
+    for share in shares:
+        scale, zero_point = scale_by_hand(rows, spec, share)
+        codes = codes_by_hand(wide, scale, zero_point, spec)
+        lost = np.square(wide - (codes - zero_point) * scale).sum(0)
+        if share == shares[0]:
+            best = scale, zero_point
+        pairs = zip((scale, zero_point), best, strict=True)
+        best = tuple(np.where(lost < least, new, old) for new, old in pairs)
+        least = np.minimum(lost, least)
+    return best
 
 
 def _nearest(scale):
@@ -73,7 +91,7 @@ def gptq_by_hand(
     activation_order=False,
     static_groups=False,
     damping=0.01,
-    share=1.0,
+    shares=SHARES,
 ):
     """Quantize [inputs, outputs] by arXiv:2210.17323: values and codes."""
     w, h = weights.astype(np.float64), gram.astype(np.float64)
@@ -85,7 +103,7 @@ def gptq_by_hand(
     if activation_order:
         order = np.argsort(-np.diag(gram), kind="stable")
     static = [
-        scale_by_hand(weights[i : i + size], spec, share)
+        fitted_by_hand(weights[i : i + size], spec, shares)
         for i in range(0, len(w), size)
     ]
     w, h = w[order], h[order][:, order]
@@ -95,7 +113,7 @@ def gptq_by_hand(
         if activation_order or static_groups or spec.group_size is None:
             scale, zero_point = static[order[i] // size]
         elif i % size == 0:
-            scale, zero_point = scale_by_hand(w[i : i + size], spec, share)
+            scale, zero_point = fitted_by_hand(w[i : i + size], spec, shares)
         codes[i] = codes_by_hand(w[i], scale, zero_point, spec)
         values[i] = (codes[i] - zero_point) * scale
         w[i:] -= np.outer(upper[i, i:], (w[i] - values[i]) / upper[i, i])

@@ -58,10 +58,17 @@ def test_equals_the_published_algorithm(spec, option):
     ids=str,
 )
 def test_static_groups_lose_less_in_large_groups_of_two_bits(spec):
+    """Where scales reach the largest weights: there what comes in widens a range."""
     weights, gram = make(256, 32)
     lost = []
     for static_groups in (True, False):
-        found, _ = gptq_matrix(weights, gram, spec, static_groups=static_groups)
+        found, _ = gptq_matrix(
+            weights,
+            gram,
+            spec,
+            static_groups=static_groups,
+            fit=jopt.scale_fits.by_range,
+        )
         d = weights - np.asarray(found, np.float64)
         lost.append(np.sum(d * (gram @ d)))
     assert lost[0] < 0.97 * lost[1]
@@ -106,12 +113,13 @@ def test_every_format_lies_on_its_grid_and_beats_rounding(spec, order):
     assert lost(found) < lost(rounded)
 
 
-def test_with_uncorrelated_inputs_it_is_rounding_to_nearest():
-    weights = draw(32, 5)
+@pytest.mark.parametrize("name", ["by_range", "by_squared_error"])
+def test_with_uncorrelated_inputs_it_is_rounding_to_nearest(name):
+    weights, fit = draw(32, 5), getattr(jopt.scale_fits, name)
     spec = jopt.QuantSpec(F.int4, group_size=8)
     gram = np.diag(np.abs(draw(32, seed=3)) + 0.5)
-    found, scale = gptq_matrix(weights, gram, spec, damping=0.0)
-    expected = jopt.quantize(jnp.asarray(weights), spec)
+    found, scale = gptq_matrix(weights, gram, spec, damping=0.0, fit=fit)
+    expected = jopt.quantize(jnp.asarray(weights), spec, fit=fit)
     np.testing.assert_array_equal(found, jopt.dequantize(expected))
     np.testing.assert_array_equal(scale.scale, expected.scale)
 
