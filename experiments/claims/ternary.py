@@ -192,6 +192,8 @@ def draw(out: Path, results: list[dict[str, Any]]) -> Any:
     limit = (1 + LIMIT) * results[0]["loss"]
     axis.axhline(limit, color="#999999", linestyle=":", label="5 % over float")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel("step")
     axis.set_ylabel("nats; diamonds: held-out text")
     axis.legend(frameon=False)

@@ -19,6 +19,7 @@ Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-tra
 Transformers, arXiv:2210.17323.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,13 @@ import jax.numpy as jnp
 from jopt.arrays.arguments import check_flags, check_strength, require_count
 from jopt.arrays.codes import compute_levels, scale_levels
 from jopt.arrays.factors import inverse_factor
-from jopt.arrays.scale_fits import Fit, by_squared_error, check_fit
+from jopt.arrays.scale_fits import (
+    Fit,
+    by_range,
+    by_squared_error,
+    check_fit,
+    fitted,
+)
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.arrays.sweeps import sweep
@@ -118,6 +125,29 @@ def check(
     require_count("block_size", block_size, least=1)
     check_strength("damping", damping, "0.01 is usual")
     check_fit(fit)
+
+
+@functools.lru_cache(maxsize=64)
+def before_its_turn(fit: Fit) -> Fit:
+    """Return the fit of a leaf whose groups find their scales when they are reached.
+
+    What a leaf has before that is for layers that nothing reaches, and need not be
+    searched: on a large leaf that takes as long as half of the rounding.
+
+    Args:
+        fit: of the groups.
+
+    Returns:
+        A fit, the same for the same one: `by_range` where groups have scales of their
+        own, and `fit` where there are none, or an outer scale.
+    """
+
+    def first(w: jax.Array, spec: QuantSpec) -> Scale:
+        whole = by_range(w, spec)
+        is_later = spec.group_size is not None and whole.outer_scale is None
+        return whole if is_later else fit(w, spec)
+
+    return first
 
 
 def input_order(squares: jax.Array, **options: Any) -> jax.Array:
@@ -221,7 +251,7 @@ def _with_groups(
     """Round with the scales that groups have when they are reached."""
 
     def plan(rows: jax.Array, diagonal: jax.Array, start: jax.Array) -> Scale:
-        return jax.tree.map(lambda x: x[0], fit(rows, spec))
+        return jax.tree.map(lambda x: x[0], fitted(fit, rows, spec))
 
     def decide(w: jax.Array, own: Scale, i: jax.Array) -> jax.Array:
         return _round_row(w, own, spec)

@@ -15,7 +15,13 @@ from typing import Any
 
 from jopt.arrays.scale_fits import Fit, by_range, by_squared_error
 from jopt.quantization import awq as awq_rule
-from jopt.quantization.gptq import check, input_order, prepare, round_prepared
+from jopt.quantization.gptq import (
+    before_its_turn,
+    check,
+    input_order,
+    prepare,
+    round_prepared,
+)
 from jopt.quantization.layer_report import QuantizationReport
 from jopt.quantization.layer_solving import Method
 from jopt.quantization.layers import quantize_layers
@@ -131,7 +137,7 @@ def gptq(
         prepare=prepare,
         order=input_order if activation_order else None,
         options=options,
-        fit=fit,
+        fit=fit if activation_order or static_groups else before_its_turn(fit),
     )
     return quantize_layers(
         method,

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from jopt.arrays.arguments import check_flags
 from jopt.arrays.quantized_plus_low_rank import multiply_factors
-from jopt.arrays.scale_fits import Fit, by_range
+from jopt.arrays.scale_fits import Fit, by_range, by_squared_error
 from jopt.arrays.scales import Scale
 from jopt.arrays.specs import QuantSpec
 from jopt.programs.targets import Target
@@ -57,7 +57,7 @@ def svdquant(
     error_propagation: bool = True,
     correction: float = 0.0,
     damping: float = 0.01,
-    fit: Fit = by_range,
+    fit: Fit | None = None,
     errors: bool = True,
     progress: bool = True,
 ) -> tuple[Any, QuantizationReport]:
@@ -91,7 +91,7 @@ def svdquant(
             before it give, instead of those of the floats.
         correction: as for `gptq`.
         damping: part of the mean of the diagonal that is added to it.
-        fit: how scales follow from what is left, as for `gptq`.
+        fit: how scales follow from what is left; None for what `residual_method` has.
         errors: whether the report says what each layer loses of its results.
         progress: whether to show a bar, if there is a terminal.
 
@@ -136,6 +136,9 @@ def svdquant(
             "usual"
         )
     check_flags(refit=refit)
+    is_gptq = residual_method == "gptq"
+    if fit is None:
+        fit = by_squared_error if is_gptq else by_range
     options: dict[str, Any] = {
         "damping": damping,
         "factor_dtype": jnp.dtype(factor_dtype),
@@ -145,7 +148,6 @@ def svdquant(
         "residual_method": residual_method,
     }
     check(**_gptq_options(options))
-    is_gptq = residual_method == "gptq"
     method = Method(
         "svdquant",
         split_and_round,

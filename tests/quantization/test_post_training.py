@@ -275,8 +275,37 @@ def test_joined_leaves_are_quantized_with_the_inputs_they_share():
     packed, report = run("gptq", apply, params, [x])
     assert len(report) == 2
     for key, w in params.items():
+        assert report[f"derived#0 ({key})"].path == key
         close(packed[key].to_array(), gptq_by_hand(w, x.T @ x, all_codes(INT4))[0])
     close(jopt.execute(apply)(packed, x), apply(jopt.dequantize(packed), x))
+
+
+@pytest.mark.parametrize("method", [jopt.gptq, jopt.rtn])
+def test_groups_need_not_fit_what_is_left_alone(method):
+    """A table that is looked up, and a matrix that is read as two."""
+
+    def apply(params, tokens):
+        h = params["table"][tokens].reshape(len(tokens), -1) @ params["w"]
+        return h @ params["both"] @ params["both"].T
+
+    params = {"table": draw(10, 6), "w": draw(24, 12, seed=1), "both": draw(12, 12)}
+    tokens = np.random.default_rng(2).integers(0, 10, (50, 4))
+    spec = jopt.QuantSpec(jopt.formats.int4, group_size=8)
+    packed, report = method(apply, params, [tokens], spec, progress=False)
+    assert packed["w"].spec.group_size == 8 and len(report) == 1
+    assert "looked up" in report.left_alone["table"]
+    assert "different matrices" in report.left_alone["both"]
+    with pytest.raises(ValueError, match="group_size must divide axis -2 of 'w'"):
+        method(apply, params, [tokens], jopt.QuantSpec(jopt.formats.int4, group_size=9))
+
+
+def test_inputs_as_large_as_their_squares_can_be():
+    params, x = {"w": draw(16, 4)}, draw(50, 16, seed=1)
+    small, large = (
+        run("gptq", lambda p, x: x @ p["w"], params, [size * x])[0]["w"]
+        for size in (1.0, 2.0**60)
+    )
+    np.testing.assert_array_equal(small.codes, large.codes)
 
 
 def test_parts_of_one_leaf_keep_their_own_scales():

@@ -47,6 +47,25 @@ LAYERS = [
     ("gptq", {"fit": 3}, TypeError, r"fit must be a function .*got 3; .*least_error"),
     ("rtn", {"fit": 3}, TypeError, r"fit must be a function .*got 3; .*least_error"),
     ("adaround", {"fit": 3}, TypeError, "fit must be a function .*got 3"),
+    (
+        "gptq",
+        {"fit": jopt.scale_fits.least_error},
+        TypeError,
+        r"fit must be what least_error\(...\) returns, .*scale_fits.least_error\(\)",
+    ),
+    ("rtn", {"fit": lambda w, s: 3}, TypeError, "fit must return a scale, .*got int"),
+    (
+        "gptq",
+        {"select": {"v": True}},
+        ValueError,
+        "select must be a tree of bools shaped as params .*got PyTreeDef",
+    ),
+    (
+        "svdquant",
+        {"factor_dtype": "foo"},
+        ValueError,
+        "factor_dtype must be a float dtype, got 'foo'",
+    ),
     ("awq", {"clip": "no"}, TypeError, "clip must be True or False, got 'no'"),
     ("awq", {"num_alphas": 1.5}, ValueError, "num_alphas must be an integer of .*1.5"),
     (
@@ -115,6 +134,26 @@ CALLS = [
         r"gradients must be a jopt\.QuantSpec, rules {pattern: spec} or None, got int8",
     ),
     (lambda: jopt.gptq(3, PARAMS, [X], INT4), TypeError, "apply must be a function"),
+    (
+        lambda: jopt.gptq(PARAMS, apply, [X], INT4),
+        TypeError,
+        r"apply must be a function \(params, \*inputs\) -> outputs, got a dict; ",
+    ),
+    (
+        lambda: jopt.gptq(apply, {"w": jnp.ones((8, 8), int)}, [X], INT4),
+        ValueError,
+        r"'w': int32, no float; print\(jopt.sites",
+    ),
+    (
+        lambda: jopt.quantize(PARAMS, INT4, fit=jopt.scale_fits.half_quadratic),
+        TypeError,
+        r"call it: fit=jopt.scale_fits.half_quadratic\(\)",
+    ),
+    (
+        lambda: jopt.rotate(apply, PARAMS, X, key=0),
+        TypeError,
+        "key must be one PRNG key, got 0",
+    ),
     (lambda: jopt.quantize(PARAMS, INT4, fit=3), TypeError, "fit must be a function"),
     (
         lambda: jopt.cluster(PARAMS, 4, iterations=-1),
