@@ -103,6 +103,7 @@ def test_one_matrix_is_what_numpy_computes(residual_method, refit, rng):
         refit=refit,
         factor_dtype=jnp.float32,
         damping=1e-6,
+        fit=jopt.scale_fits.by_range,
         progress=False,
     )
     leaf = found["w"]
