@@ -127,13 +127,13 @@ def svdquant(
             f"residual_method must be 'rtn' or 'gptq', got {residual_method!r}"
         )
     try:
-        is_float = jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating)
+        dtype = jnp.dtype(factor_dtype)
+        got = "" if jnp.issubdtype(dtype, jnp.floating) else str(dtype)
     except TypeError:  # no dtype at all
-        is_float = False
-    if not is_float:
+        got = repr(factor_dtype)
+    if got:
         raise ValueError(
-            f"factor_dtype must be a float dtype, got {factor_dtype!r}; bfloat16 is "
-            "usual"
+            f"factor_dtype must be a float dtype, got {got}; bfloat16 is usual"
         )
     check_flags(refit=refit)
     is_gptq = residual_method == "gptq"
